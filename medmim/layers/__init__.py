@@ -1,0 +1,1 @@
+"""Parts shared by more than one architecture: token order, positions, the transformer block."""

@@ -1,0 +1,47 @@
+"""Position embeddings of a 3-D token grid: fixed sine-cosine, and resampling of learned ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from medmim.layers.tokens import Size
+
+
+def sincos_position(grid_size: Size, dim: int) -> Tensor:
+    """Fixed sine-cosine embedding of a token grid (Vaswani et al. 2017; in 2-D as He et al. 2022).
+
+    Each axis gets a third of the channels, half of them sines and half cosines of the token index at frequencies
+    10000^(-i/n). Where `dim` is no multiple of 6, the channels left over at the end are zero.
+
+    Args:
+        grid_size: Tokens along (D, H, W).
+        dim: Channels, at least 6.
+
+    Returns:
+        (1, N, dim) in float32, tokens row-major.
+
+    Raises:
+        ValueError: When `dim` is below 6.
+    """
+    frequencies = dim // 6
+    if frequencies == 0:
+        raise ValueError(f"a 3-D sine-cosine embedding needs at least 6 channels, not {dim}")
+    # float64 so that the table is the same to the last bit wherever it is rebuilt.
+    omega = 10000.0 ** -(torch.arange(frequencies, dtype=torch.float64) / frequencies)
+    axes = [torch.arange(side, dtype=torch.float64) for side in grid_size]
+    phases = [position.flatten()[:, None] * omega for position in torch.meshgrid(*axes, indexing="ij")]  # 3 x (N, f)
+    table = torch.cat([wave(phase) for phase in phases for wave in (torch.sin, torch.cos)], dim=1)  # (N, 6f)
+    return F.pad(table, (0, dim - table.shape[1]))[None].float()
+
+
+def resample_position(position: Tensor, old_grid: Size, new_grid: Size) -> Tensor:
+    """Trilinear resampling of a learned embedding (1, N, C) from one token grid to another, anisotropic too."""
+    if tuple(old_grid) == tuple(new_grid):
+        return position
+    d, h, w = old_grid
+    volume = rearrange(position.float(), "b (d h w) c -> b c d h w", d=d, h=h, w=w)
+    volume = F.interpolate(volume, size=tuple(new_grid), mode="trilinear", align_corners=False)
+    return rearrange(volume, "b c d h w -> b (d h w) c").to(position.dtype)

@@ -1,0 +1,386 @@
+"""Vision transformer for volumes: plain patches, plain blocks, read top to bottom.
+
+Legend: B batch, C channels, (D, H, W) voxels, (Dg, Hg, Wg) token grid, N = Dg*Hg*Wg patch tokens, P prefix tokens
+(class and registers, always in front), K kept tokens. Patch tokens are row-major over the grid.
+
+After Dosovitskiy et al. 2021 (ViT) as used for volumes by Chen et al. 2023 (WACV, arXiv 2204.11716). Deviations from
+the released code of the latter: the final norm is part of the encoder in pretraining too (there it stays untrained),
+positions are fixed sine-cosine by default, the query, key and value projections have a bias.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medmim.layers.position import resample_position, sincos_position
+from medmim.layers.tokens import Size, gather_patches, gather_tokens, patchify, to_grid_size
+from medmim.layers.transformer import Block, init_transformer
+
+
+class PatchEmbed(nn.Module):
+    """Projects patches (B, N, V) to tokens (B, N, C).
+
+    The weight has the shape of a convolution, as everywhere in the field, but is applied as the matrix that it is, so
+    that it can be given a few patches only.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: Size) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionTransformer3D(nn.Module):
+    """A ViT encoder for volumes (B, in_chans, D, H, W) of any proportions.
+
+    Args:
+        img_size: Voxels along (D, H, W); each a multiple of the patch's side.
+        patch_size: Voxels of a patch along (D, H, W).
+        in_chans: Channels of the input.
+        num_classes: Outputs of the classifier; 0 for none, `forward` then gives pooled features.
+        global_pool: "avg" over patch tokens, or "token" for the class token.
+        embed_dim: Width C.
+        depth: Blocks.
+        num_heads: Attention heads; must divide the width.
+        mlp_ratio: Hidden width of the MLPs over C.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        class_token: Puts a class token in front.
+        num_registers: Register tokens behind the class token (Darcet et al. 2024).
+        pos_embed: "sincos" (fixed) or "learned".
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
+        init_values: Initial layer scale; None for no layer scale.
+
+    Raises:
+        ValueError: For sizes that do not divide, or "token" pooling without a class token.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = (96, 96, 96),
+        patch_size: Size = (16, 16, 16),
+        *,
+        in_chans: int = 1,
+        num_classes: int = 0,
+        global_pool: Literal["avg", "token"] = "avg",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        class_token: bool = False,
+        num_registers: int = 0,
+        pos_embed: Literal["sincos", "learned"] = "sincos",
+        drop_path_rate: float = 0.0,
+        init_values: float | None = None,
+    ) -> None:
+        super().__init__()
+        if pos_embed not in ("sincos", "learned"):
+            raise ValueError(f"pos_embed is {pos_embed!r}; it must be 'sincos' or 'learned'")
+        self.spec = None  # set by whoever knows where the weights came from
+        self.img_size, self.patch_size = tuple(img_size), tuple(patch_size)
+        self.grid_size = to_grid_size(self.img_size, self.patch_size)
+        self.in_chans = in_chans
+        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
+        self.num_prefix_tokens = int(class_token) + num_registers
+        self.learned_positions = pos_embed == "learned"
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, self.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
+        if self.learned_positions:
+            self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid_size), embed_dim))
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                init_values=init_values,
+                drop_path=rate,
+            )
+            for rate in rates
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head: nn.Module = nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
+        self.init_buffers()
+        self.init_weights()
+
+    # --- construction -------------------------------------------------------------------------------------------------
+
+    def init_weights(self) -> None:
+        """Initialises every parameter (see `init_transformer`); tokens and learned positions from N(0, 0.02)."""
+        self.apply(init_transformer)
+        for token in (self.cls_token, self.reg_token, self.pos_embed if self.learned_positions else None):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+        self.init_head()
+
+    def init_head(self) -> None:
+        """Initialises the classifier alone: what a task starts with on top of pretrained weights."""
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def init_buffers(self) -> None:
+        """Rebuilds what no file stores: the fixed positions."""
+        if not self.learned_positions:
+            position = sincos_position(self.grid_size, self.embed_dim)
+            self.register_buffer("pos_embed", position.to(self.norm.weight), persistent=False)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """What each block gives: its module, channels and stride in voxels along (D, H, W)."""
+        return [
+            {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": self.patch_size}
+            for i in range(len(self.blocks))
+        ]
+
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Changes the input size, the patch size, or both; the weights are resampled to fit.
+
+        Args:
+            img_size: Voxels along (D, H, W).
+            patch_size: Voxels of a patch along (D, H, W).
+
+        Raises:
+            ValueError: When the first is not a multiple of the second.
+        """
+        old_grid = self.grid_size
+        img_size, patch_size = tuple(img_size or self.img_size), tuple(patch_size or self.patch_size)
+        self.grid_size = to_grid_size(img_size, patch_size)
+        if patch_size != self.patch_size:
+            old, self.patch_embed = self.patch_embed.proj, PatchEmbed(self.in_chans, self.embed_dim, patch_size)
+            self.patch_embed.to(old.weight)
+            with torch.no_grad():
+                self.patch_embed.proj.weight.copy_(resize_patch_kernel(old.weight, patch_size))
+                self.patch_embed.proj.bias.copy_(old.bias)
+        self.img_size, self.patch_size = img_size, patch_size
+        if self.learned_positions:
+            self.pos_embed = nn.Parameter(resample_position(self.pos_embed.data, old_grid, self.grid_size))
+        self.init_buffers()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier by a new one for `num_classes` (0 for none), and the pooling when given."""
+        global_pool = global_pool or self.global_pool
+        if global_pool not in ("avg", "token"):
+            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg' or 'token'")
+        if global_pool == "token" and self.cls_token is None:
+            raise ValueError("global_pool='token' needs class_token=True")
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head.to(self.norm.weight)
+        self.init_head()
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier, an identity when there is none."""
+        return self.head
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades a second forward pass through each block for the memory of its activations."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that sort parameters into layers, as timm's layer-wise decay wants them."""
+        return {
+            "stem": r"^cls_token|reg_token|pos_embed|patch_embed",
+            "blocks": r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay must leave alone."""
+        return {"pos_embed", "cls_token", "reg_token"}
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def _check_input(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
+            raise ValueError(
+                f"input is (C, D, H, W) = {tuple(x.shape[1:])} but the model takes {(self.in_chans, *self.img_size)}; "
+                "set_input_size changes the size, in_chans= at creation the channels"
+            )
+
+    def _add_prefix(self, tokens: Tensor) -> Tensor:
+        prefix = [t.expand(len(tokens), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        return torch.cat([*prefix, tokens], dim=1) if prefix else tokens  # (B, P + K, C)
+
+    def _embed(self, x: Tensor, idx_keep: Tensor | None = None) -> Tensor:
+        self._check_input(x)
+        if idx_keep is None:
+            tokens = self.patch_embed(patchify(x, self.patch_size)) + self.pos_embed  # (B, N, C)
+        else:
+            position = gather_tokens(self.pos_embed.expand(len(x), -1, -1), idx_keep)  # (B, K, C)
+            tokens = self.patch_embed(gather_patches(x, idx_keep, self.patch_size)) + position
+        return self._add_prefix(tokens)
+
+    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self._run_block(block, x)
+        return self.norm(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Volumes (B, in_chans, D, H, W) to normed tokens (B, P + N, C)."""
+        return self._encode(self._embed(x))
+
+    def forward_visible(self, x: Tensor, idx_keep: Tensor) -> Tensor:
+        """Encodes only some patches, as masked autoencoders do; the others are never read.
+
+        Args:
+            x: Volumes (B, in_chans, D, H, W).
+            idx_keep: The tokens to keep, LongTensor (B, K) with values in 0..N-1.
+
+        Returns:
+            Normed tokens (B, P + K, C), in the order of `idx_keep`.
+        """
+        return self._encode(self._embed(x, idx_keep))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools tokens (B, P + N, C) to (B, C) and, unless `pre_logits`, classifies them to (B, num_classes)."""
+        x = x[:, 0] if self.global_pool == "token" else x[:, self.num_prefix_tokens :].mean(dim=1)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Volumes (B, in_chans, D, H, W) to class scores (B, num_classes), or to pooled features (B, C) without."""
+        return self.forward_head(self.forward_features(x))
+
+    def _block_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        depth = len(self.blocks)
+        if indices is None:
+            return list(range(depth))
+        if isinstance(indices, int):
+            indices = range(depth - indices, depth)
+        chosen = [i + depth if i < 0 else i for i in indices]
+        if not chosen or any(not 0 <= i < depth for i in chosen):
+            raise ValueError(f"indices {list(indices)} do not name blocks of a model with {depth}")
+        return chosen
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCDHW", "NLC"] = "NCDHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The final tokens and the outputs of chosen blocks.
+
+        Args:
+            x: Volumes (B, in_chans, D, H, W).
+            indices: Blocks to return: the last n for an int, those listed (negative from the end), all for None.
+            return_prefix_tokens: Pairs each output with its prefix tokens (B, P, C).
+            norm: Applies the final norm to each output.
+            stop_early: Skips the blocks after the last one asked for.
+            output_fmt: "NCDHW" for feature maps (B, C, Dg, Hg, Wg), "NLC" for tokens (B, N, C).
+            intermediates_only: Leaves the final tokens out.
+
+        Returns:
+            (tokens (B, P + N, C), outputs), or the outputs alone; outputs in the order of the blocks.
+        """
+        if output_fmt not in ("NCDHW", "NLC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCDHW' or 'NLC'")
+        wanted = self._block_indices(indices)
+        blocks = self.blocks[: max(wanted) + 1] if stop_early else self.blocks
+        outputs = []
+        x = self._embed(x)
+        for i, block in enumerate(blocks):
+            x = self._run_block(block, x)
+            if i in wanted:
+                y = self.norm(x) if norm else x
+                prefix, patches = y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :]
+                if output_fmt == "NCDHW":
+                    d, h, w = self.grid_size
+                    patches = rearrange(patches, "b (d h w) c -> b c d h w", d=d, h=h, w=w).contiguous()
+                outputs.append((patches, prefix) if return_prefix_tokens else patches)
+        return outputs if intermediates_only else (self.norm(x), outputs)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the blocks after the last of `indices`, and the norm and head on request; returns the indices."""
+        wanted = self._block_indices(indices)
+        self.blocks = self.blocks[: max(wanted) + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
+
+
+# --- fitting a checkpoint to a model of another shape -----------------------------------------------------------------
+
+
+def resize_patch_kernel(weight: Tensor, patch_size: Size) -> Tensor:
+    """Resizes a patch projection so that a resized patch gives the same token (Beyer et al. 2023, FlexiViT).
+
+    If R resizes a patch linearly, the new kernel is the least-squares solution of <R x, new> = <x, old>. R is a
+    product of one matrix an axis, and so is its pseudo-inverse.
+
+    Args:
+        weight: (C, in_chans, p, q, r).
+        patch_size: The new (p, q, r).
+
+    Returns:
+        (C, in_chans, *patch_size), in the dtype of `weight`.
+    """
+    resized = weight.float()
+    for axis, (old, new) in enumerate(zip(weight.shape[2:], patch_size, strict=True), start=2):
+        if old != new:
+            identity = torch.eye(old, device=weight.device)[None]  # (1, old, old): one unit patch a row
+            resize = F.interpolate(identity, size=new, mode="linear", align_corners=False)[0].T  # R: (new, old)
+            resized = torch.tensordot(resized, torch.linalg.pinv(resize.T), dims=([axis], [1])).movedim(-1, axis)
+    return resized.to(weight.dtype)
+
+
+def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
+    """Fits a patch projection (C, old, p, q, r) to another number of input channels.
+
+    One channel gets the sum over the old ones; several get the old ones in turn, scaled so that an input repeated over
+    the channels gives the tokens that it gave before.
+    """
+    old = weight.shape[1]
+    if in_chans == old:
+        return weight
+    if in_chans == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight[:, torch.arange(in_chans) % old] * (old / in_chans)
+
+
+def adapt_state_dict(state: Mapping[str, Tensor], model: VisionTransformer3D, source: Mapping[str, Any]) -> dict:
+    """Fits the weights of one ViT to another input size, patch size or number of channels.
+
+    Args:
+        state: Weights as saved.
+        model: The model they are for; only its sizes are read, it may be on the meta device.
+        source: Constructor arguments of the model that was saved (`img_size`, `patch_size`).
+
+    Returns:
+        A new state dict; tensors that fit already are passed on as they are.
+    """
+    adapted = dict(state)
+    if (weight := state.get("patch_embed.proj.weight")) is not None:
+        weight = adapt_in_chans(weight, model.in_chans)
+        adapted["patch_embed.proj.weight"] = resize_patch_kernel(weight, model.patch_size)
+    if "pos_embed" in state:
+        old_grid = to_grid_size(tuple(source["img_size"]), tuple(source["patch_size"]))
+        adapted["pos_embed"] = resample_position(state["pos_embed"], old_grid, model.grid_size)
+    return adapted
