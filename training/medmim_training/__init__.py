@@ -1,0 +1,1 @@
+"""Pretraining and fine-tuning of medmim's encoders; a user of weights never imports it."""

@@ -1,0 +1,39 @@
+"""Self-supervised methods, one per file, found by the name that recipes use."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from torch import nn
+
+from medmim.errors import SpecError
+from medmim_training.methods.base import MethodOutput
+from medmim_training.methods.mae import MAE
+
+METHODS: dict[str, type[nn.Module]] = {"mae": MAE}
+
+
+def create_method(name: str, encoder: nn.Module, args: dict[str, Any]) -> nn.Module:
+    """Builds the method `name` around an encoder.
+
+    Raises:
+        SpecError: For a method or an argument that does not exist (with those that do), or a value it refuses.
+    """
+    if name not in METHODS:
+        raise SpecError(f"there is no method {name!r}; there is {', '.join(METHODS)}")
+    method = METHODS[name]
+    known = [parameter for parameter in inspect.signature(method).parameters if parameter != "encoder"]
+    for argument in args:
+        if argument not in known:
+            near = difflib.get_close_matches(argument, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise SpecError(f"method.args.{argument} is no argument of {name}; {hint}")
+    try:
+        return method(encoder, **args)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"method.args of {name}: {error}") from None
+
+
+__all__ = ["METHODS", "MethodOutput", "create_method"]

@@ -1,0 +1,169 @@
+"""A pretraining run as data: validated, loaded from YAML, overridable by `key=value`.
+
+Unknown keys are refused with the nearest known one, so that a misspelt setting never trains with a default.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medmim.errors import SpecError
+from medmim.spec import VolumeSpec
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of a recipe's parts: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which encoder: a name of the catalog and arguments that differ from it."""
+
+    name: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class MethodSection(Section):
+    """Which method and its arguments (see the classes in `medmim_training.methods`)."""
+
+    name: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class DataSection(Section):
+    """How crops are drawn from the store.
+
+    Attributes:
+        crops_per_volume: Crops taken from a volume once it is opened.
+        mirror_axes: Axes (0, 1, 2 for D, H, W) along which every other crop is mirrored; axis 0 of RAS is left-right.
+        workers: Processes that read ahead; 0 reads in the training process.
+    """
+
+    crops_per_volume: Positive = 1
+    mirror_axes: tuple[Literal[0, 1, 2], ...] = ()
+    workers: int = Field(1, ge=0)
+
+
+class OptimizerSection(Section):
+    """AdamW (Loshchilov and Hutter 2019); no decay of biases, norms, tokens and positions."""
+
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad: float = Field(1.0, gt=0)
+
+
+class ScheduleSection(Section):
+    """Linear warm-up from 0, then a half cosine to `min_lr`; counted in optimizer steps."""
+
+    steps: Positive
+    warmup: int = Field(0, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+
+
+class OutputSection(Section):
+    """What a run writes and how often, in optimizer steps."""
+
+    log_every: Positive = 20
+    checkpoint_every: Positive = 500
+    pictures_every: Positive = 500
+
+
+class Recipe(Section):
+    """Everything that decides a pretraining run, but for the store and the folder it writes to."""
+
+    name: str
+    summary: str
+    model: ModelSection
+    method: MethodSection
+    volume: VolumeSpec
+    data: DataSection = DataSection()
+    batch_size: Positive
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    precision: Literal["fp32", "bf16"] = "bf16"
+    output: OutputSection = OutputSection()
+    seed: int = Field(0, ge=0)
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as it is kept beside a run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def recipe_folder() -> Path:
+    """Where the packaged recipes are: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def list_recipes() -> list[str]:
+    """Names of the packaged recipes, such as "small/vit_t_mae3d"."""
+    folder = recipe_folder()
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe and applies overrides.
+
+    Args:
+        name: A packaged recipe, or the path of a YAML file.
+        overrides: "dotted.key=value", the value in YAML: "optimizer.lr=3e-4".
+
+    Raises:
+        SpecError: For a missing recipe, an unknown key (with the nearest known ones) or an impossible value.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else recipe_folder() / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, list_recipes(), n=3, cutoff=0.4)
+        raise SpecError(f"there is no recipe {name!r}; nearest: {', '.join(near or list_recipes())}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: a recipe is a mapping of keys to values")
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise SpecError(f"{path}: {_explain(error)}") from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise SpecError(f"{override!r} is no override; write key=value, such as optimizer.lr=3e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SpecError(f"{override!r}: the value is not valid YAML") from None
+    *sections, last = key.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise SpecError(f"{override!r}: {section!r} is a value, not a section")
+    # YAML 1.1 reads 3e-4 (no dot) as text; pydantic turns it into a number where a number is expected.
+    data[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{where}: {first['msg']}"
+    section: Any = Recipe
+    for part in first["loc"][:-1]:
+        section = section.model_fields[part].annotation
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+    return f"{where} is no key of a recipe; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")

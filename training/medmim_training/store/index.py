@@ -1,0 +1,139 @@
+"""The store on disk: its folder, its index, its arrays."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import blosc2
+import numpy as np
+from pydantic import Field
+
+from medmim.errors import SpecError
+from medmim.files import atomic_write
+from medmim.intensity import IntensityMap, intensity_map
+from medmim.spec import Modality, Record, Size, Spacing, VolumeSpec
+
+STORE_FILE, INDEX_FILE, PROBLEMS_FILE, VOLUMES = "store.json", "index.jsonl", "problems.jsonl", "volumes"
+
+
+class StoreEntry(Record):
+    """One volume of a store.
+
+    Attributes:
+        id: File name of the array without its suffix.
+        source: Path of the scan, relative to the data list or folder that was prepared.
+        sha256: Of the scan's file; None for a folder of DICOM slices.
+        shape: (D, H, W) as stored, after cropping to the foreground.
+        spacing: Of the scan before resampling, in mm, along the scan's own axes.
+        foreground: Voxels that are not background.
+        minimum: Of the whole resampled volume, in the units of the scan: what lies outside the volume.
+        low, high, clip: The intensity map of the store's rule for this volume's modality.
+    """
+
+    id: str
+    source: str
+    sha256: str | None = None
+    group: str = ""
+    license: str = ""
+    modality: Modality
+    channels: int = Field(gt=0)
+    shape: Size
+    spacing: Spacing
+    foreground: int = Field(ge=0)
+    minimum: float
+    low: float
+    high: float
+    clip: bool
+
+    @property
+    def intensity(self) -> IntensityMap:
+        return IntensityMap(self.low, self.high, self.clip)
+
+
+class Store:
+    """A prepared folder, opened for reading.
+
+    Raises:
+        SpecError: When the folder is no store, or an empty one.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.volume = read_store_spec(self.folder)
+        self.entries = read_index(self.folder)
+        if not self.entries:
+            raise SpecError(f"{self.folder}: the store holds no volume; {PROBLEMS_FILE} in it says what was refused")
+
+    def array(self, position: int) -> blosc2.NDArray:
+        """The stored volume (C, D, H, W) number `position`, opened but not read: slicing reads what it needs."""
+        return blosc2.open(str(self.folder / VOLUMES / f"{self.entries[position].id}.b2nd"), mode="r")
+
+    def intensity(self, position: int, volume: VolumeSpec) -> IntensityMap:
+        """The map from stored values to network units that `volume` prescribes for volume number `position`."""
+        entry = self.entries[position]
+        rule = volume.intensity[entry.modality]
+        if rule == self.volume.intensity.get(entry.modality):
+            return entry.intensity
+        return self._other_intensity(position, rule)
+
+    @lru_cache(maxsize=None)  # noqa: B019 - a store lives as long as the run
+    def _other_intensity(self, position: int, rule) -> IntensityMap:
+        return intensity_map(rule, self.array(position)[...])
+
+    def check(self, volume: VolumeSpec) -> None:
+        """Raises SpecError when volumes prepared for this store cannot be used as `volume` says."""
+        for field in ("orientation", "spacing"):
+            here, wanted = getattr(self.volume, field), getattr(volume, field)
+            if here != wanted:
+                raise SpecError(
+                    f"{self.folder}: prepared with {field} {here} but the recipe says {wanted}; "
+                    f"prepare another store, or set volume.{field} in the recipe"
+                )
+        missing = {entry.modality for entry in self.entries} - set(volume.modalities)
+        if missing:
+            raise SpecError(f"{self.folder}: holds {', '.join(sorted(missing))}, for which volume.intensity has no rule")
+
+
+def read_store_spec(folder: Path) -> VolumeSpec:
+    """The preprocessing that the store at `folder` was prepared with."""
+    path = folder / STORE_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpecError(f"{folder}: no store ({STORE_FILE} is missing); `medmim-train prepare` makes one") from None
+    except json.JSONDecodeError as error:
+        raise SpecError(f"{path}: not valid JSON ({error})") from None
+    return VolumeSpec.parse(data.get("volume"), source=str(path))
+
+
+def write_store_spec(folder: Path, volume: VolumeSpec) -> None:
+    """Writes `store.json`."""
+    with atomic_write(folder / STORE_FILE) as path:
+        path.write_text(json.dumps({"volume": volume.to_data()}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_index(folder: Path) -> list[StoreEntry]:
+    """The entries of the store at `folder`, in the order of their ids; a last line cut short is left out."""
+    path = folder / INDEX_FILE
+    entries = []
+    if path.is_file():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+            if line.endswith("\n"):
+                entries.append(StoreEntry.parse(json.loads(line), source=f"{path}:{number}"))
+    # Preparing in parallel writes in the order of completion; training must not depend on it.
+    return sorted(entries, key=lambda entry: entry.id)
+
+
+def write_array(folder: Path, name: str, array: np.ndarray) -> None:
+    """Stores a volume (C, D, H, W): as int16 where that loses nothing, in blocks that suit random crops."""
+    if array.min() >= -(2**15) and array.max() < 2**15 and np.array_equal(as_int16 := array.astype(np.int16), array):
+        array = as_int16
+    chunks = (1, *(min(side, 96) for side in array.shape[1:]))
+    blocks = (1, *(min(side, 32) for side in chunks[1:]))
+    filters = [blosc2.Filter.SHUFFLE] if array.dtype == np.int16 else [blosc2.Filter.BITSHUFFLE]
+    cparams = {"codec": blosc2.Codec.ZSTD, "clevel": 3, "filters": filters, "nthreads": 1}
+    with atomic_write(folder / VOLUMES / f"{name}.b2nd") as path:
+        path.unlink()  # blosc2 refuses to write over a file
+        blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=cparams, urlpath=str(path))
