@@ -76,7 +76,7 @@ class MAEDecoder(nn.Module):
         """
         x = self.embed(tokens)  # (B, prefix + K, C)
         prefix, visible = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
-        grid = self.hidden_token.to(x.dtype).expand(len(x), self.pos_embed.shape[1], -1)  # (B, N, C)
+        grid = self.hidden_token.to(x.dtype).expand(x.shape[0], self.pos_embed.shape[1], -1)  # (B, N, C)
         grid = scatter_tokens(grid, idx_keep, visible) + self.pos_embed
         x = torch.cat([prefix.to(grid.dtype), grid], dim=1)  # (B, prefix + N, C)
         for block in self.blocks:

@@ -43,7 +43,7 @@ def gather_patches(x: Tensor, idx: Tensor, patch_size: Size) -> Tensor:
     p, q, r = patch_size
     grid = rearrange(x, "b c (d p) (h q) (w r) -> b d h w c p q r", p=p, q=q, r=r)  # a view
     height, width = grid.shape[2:4]
-    b = torch.arange(len(idx), device=idx.device)[:, None]
+    b = torch.arange(idx.shape[0], device=idx.device)[:, None]
     return grid[b, idx // (height * width), idx // width % height, idx % width].flatten(2)  # (B, K, C, p, q, r) -> V
 
 
@@ -84,7 +84,7 @@ def random_hiding(
 def hidden_voxels(idx_hidden: Tensor, patch_size: Size, grid_size: Size) -> Tensor:
     """Boolean volumes (B, 1, D, H, W), True at the voxels of the tokens `idx_hidden` (B, K)."""
     num_tokens = grid_size[0] * grid_size[1] * grid_size[2]
-    hidden = torch.zeros(len(idx_hidden), num_tokens, dtype=torch.bool, device=idx_hidden.device)
+    hidden = torch.zeros(idx_hidden.shape[0], num_tokens, dtype=torch.bool, device=idx_hidden.device)
     hidden.scatter_(1, idx_hidden, True)
     p, q, r = patch_size
     return unpatchify(hidden[..., None].expand(-1, -1, p * q * r), patch_size, grid_size)

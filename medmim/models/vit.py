@@ -213,7 +213,7 @@ class VisionTransformer3D(nn.Module):
             )
 
     def _add_prefix(self, tokens: Tensor) -> Tensor:
-        prefix = [t.expand(len(tokens), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        prefix = [t.expand(tokens.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         return torch.cat([*prefix, tokens], dim=1) if prefix else tokens  # (B, P + K, C)
 
     def _embed(self, x: Tensor, idx_keep: Tensor | None = None) -> Tensor:
@@ -221,7 +221,7 @@ class VisionTransformer3D(nn.Module):
         if idx_keep is None:
             tokens = self.patch_embed(patchify(x, self.patch_size)) + self.pos_embed  # (B, N, C)
         else:
-            position = gather_tokens(self.pos_embed.expand(len(x), -1, -1), idx_keep)  # (B, K, C)
+            position = gather_tokens(self.pos_embed.expand(x.shape[0], -1, -1), idx_keep)  # (B, K, C)
             tokens = self.patch_embed(gather_patches(x, idx_keep, self.patch_size)) + position
         return self._add_prefix(tokens)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from medmim.command import run
+from medmim.errors import SpecError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
 console = Console()
@@ -40,15 +43,8 @@ def prepare(
 
     sources = find_sources(source, where or [])
     volume = load_recipe(recipe).volume
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("preparing", total=len(sources))
-
-        def report(name: str, problem: str | None) -> None:
-            progress.advance(task)
-            if problem:
-                progress.console.print(f"[yellow]left out[/] {problem}", soft_wrap=True, highlight=False)
-
+    with _progress() as progress:
+        report = _reporting(progress, "preparing", len(sources))
         added, refused = prepare_store(sources, store, volume=volume, workers=workers, report=report)
     kept = len(sources) - added - refused
     console.print(f"{store}: {added} added, {kept} there already, {refused} left out (problems.jsonl says why)")
@@ -68,9 +64,9 @@ def pretrain(
     """
     import torch
 
-    from medmim_training.engine import Progress as Step
     from medmim_training.engine import pretrain as run_pretraining
     from medmim_training.recipe import load_recipe
+    from medmim_training.record import Report
     from medmim_training.store.index import Store
 
     if threads:
@@ -80,7 +76,7 @@ def pretrain(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(chosen.name, total=chosen.schedule.steps, state="")
 
-        def watch(step: Step) -> None:
+        def watch(step: Report) -> None:
             state = (
                 f"loss {step.loss:.4f}  {step.crops_per_second:.1f} crops/s  waiting {step.waiting:.0%}  "
                 f"{step.seconds_left / 60:.0f} min left"
@@ -91,3 +87,95 @@ def pretrain(
 
         run_pretraining(chosen, Store(data), out, watch=watch)
     console.print(f"done: {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model name, or local-dir:FOLDER.")],
+    source: Annotated[Path, typer.Argument(help="A folder of scans, or a CSV data list.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file for the results.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="Filter on a column of the CSV: column=pattern,... or column!=pattern,...")
+    ] = None,
+    ratio: Annotated[float, typer.Option(help="Share of the patches to hide.")] = 0.75,
+) -> None:
+    """Measures how well hidden voxels are reconstructed, beside fills that need no network.
+
+    Example: `medmim-train evaluate vit_t_mae3d scans/ -o results.json`
+    """
+    import json
+
+    from medmim.factory import create_decoder, create_model
+    from medmim.files import atomic_write
+    from medmim_training.evaluate import METHODS, evaluate_reconstruction
+    from medmim_training.store.sources import find_sources
+
+    encoder = create_model(model, pretrained=True)
+    decoder = create_decoder(encoder)
+    sources = find_sources(source, where or [])
+    with _progress() as progress:
+        report = _reporting(progress, "evaluating", len(sources))
+        results = evaluate_reconstruction(encoder, decoder, sources, ratio=ratio, report=report)
+    table = Table("data", "scans", *METHODS, title=f"normalised MSE of hidden voxels, {ratio:.0%} of the patches hidden")
+    for result in results:
+        values = (result.value, *result.baselines.values())
+        table.add_row(result.dataset, str(result.cases), *(f"{value:.3f}" for value in values))
+    console.print(table)
+    if out:
+        with atomic_write(out) as path:
+            path.write_text(json.dumps([result.to_data() for result in results], indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def package(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Model folder to write.")] = ...,
+    data: Annotated[Path, typer.Option(help="Store that the run was trained on.")] = ...,
+    tag: Annotated[str, typer.Option(help="Names the training data: [a-z0-9_]+.")] = ...,
+    license: Annotated[str, typer.Option(help="SPDX identifier, the strictest of the training data.")] = ...,
+    citation: Annotated[Path, typer.Option(help="BibTeX file.")] = ...,
+    evidence: Annotated[Path | None, typer.Option(help="Results of `medmim-train evaluate` for the card.")] = None,
+) -> None:
+    """Makes a model folder from a finished run: weights, config, golden outputs, data list, card, catalog entry.
+
+    Example: `medmim-train package runs/vit_t -o vit_t --data store --tag ours --license CC-BY-4.0 --citation us.bib`
+    """
+    import json
+
+    from medmim.spec import Evidence
+    from medmim_training.publish import ENTRY_FILE
+    from medmim_training.publish import package as make_folder
+    from medmim_training.store.index import Store
+
+    for path in (citation, evidence):
+        if path is not None and not path.is_file():
+            raise SpecError(f"{path}: no such file")
+    results = json.loads(evidence.read_text("utf-8")) if evidence else []
+    spec = make_folder(
+        run,
+        out,
+        store=Store(data),
+        tag=tag,
+        license=license,
+        citation=citation.read_text("utf-8"),
+        evidence=tuple(Evidence.parse(result, source=str(evidence)) for result in results),
+    )
+    console.print(f"{spec.name}: {out}")
+    console.print(f'try it: medmim.create_model("local-dir:{out}", pretrained=True); catalog entry: {out / ENTRY_FILE}')
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console)
+
+
+def _reporting(progress: Progress, title: str, total: int) -> Callable[[str, str | None], None]:
+    """A bar, and what to call after each scan; scans with a problem are printed above the bar."""
+    task = progress.add_task(title, total=total)
+
+    def report(name: str, problem: str | None) -> None:
+        progress.advance(task)
+        if problem:
+            progress.console.print(f"[yellow]left out[/] {problem}", soft_wrap=True, highlight=False)
+
+    return report

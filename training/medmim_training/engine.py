@@ -6,58 +6,31 @@ checkpoint gives bit for bit the weights of one that was never stopped, with no 
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import date
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from medmim.errors import MedmimError, SpecError
 from medmim.factory import create_model
 from medmim.files import atomic_write
-from medmim.spec import DataSource, TrainingRecord
+from medmim.pictures import reconstruction_picture
 from medmim_training.checkpoint import load_latest, save_checkpoint
 from medmim_training.methods import MethodOutput, create_method
 from medmim_training.recipe import Recipe
+from medmim_training.record import Clock, MetricsLog, Report, write_record
 from medmim_training.store.crops import CropDataset
 from medmim_training.store.index import Store
 
 RECIPE_FILE, METRICS_FILE, RECORD_FILE = "recipe.yaml", "metrics.jsonl", "record.json"
 CHECKPOINTS, PICTURES = "checkpoints", "pictures"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a step tells whoever watches.
-
-    Attributes:
-        step: Steps done, of `steps`.
-        crops_per_second: Since the last report.
-        waiting: Share of that time spent waiting for crops.
-        seconds_left: At the present speed.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    lr: float
-    grad_norm: float
-    crops_per_second: float
-    waiting: float
-    seconds_left: float
 
 
 class NonFiniteLossError(MedmimError):
@@ -71,7 +44,7 @@ def build_method(recipe: Recipe) -> nn.Module:
 
 
 def pretrain(
-    recipe: Recipe, store: Store, folder: str | Path, *, watch: Callable[[Progress], None] = lambda progress: None
+    recipe: Recipe, store: Store, folder: str | Path, *, watch: Callable[[Report], None] = lambda report: None
 ) -> nn.Module:
     """Trains, or goes on training, and writes everything to `folder`.
 
@@ -90,86 +63,51 @@ def pretrain(
         NonFiniteLossError: When the loss is no number any more.
     """
     folder = Path(folder)
+    store.check(recipe.volume)
     _claim(folder, recipe)
     accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
     method = build_method(recipe)
-    optimizer = create_optimizer_v2(
-        method,
-        opt="adamw",
-        lr=recipe.optimizer.lr,
-        weight_decay=recipe.optimizer.weight_decay,
-        betas=recipe.optimizer.betas,
-        fused=True,
-    )
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=recipe.schedule.steps,
-        lr_min=recipe.schedule.min_lr,
-        warmup_t=recipe.schedule.warmup,
-        warmup_prefix=False,
-        t_in_epochs=False,
-    )
-    checkpoint = load_latest(folder / CHECKPOINTS)
-    start, spent = 0, {"wall": 0.0, "cpu": 0.0}
-    if checkpoint is not None:
-        start, spent = checkpoint["step"], checkpoint["spent"]
+    optimizer = _optimizer(method, recipe)
+    schedule = _schedule(optimizer, recipe)
+
+    start, clock = 0, Clock()
+    if (checkpoint := load_latest(folder / CHECKPOINTS)) is not None:
+        start, clock = checkpoint["step"], Clock(checkpoint["spent"])
         method.load_state_dict(checkpoint["method"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    encoder = method.encoder
+    size = method.encoder.img_size
     trained, optimizer = accelerator.prepare(method, optimizer)
     trained.train()
 
-    crops = _crops(recipe, store, encoder.img_size, start, accelerator)
-    clock = _Clock(spent)
-    log = _Log(folder / METRICS_FILE, start)
-    waited, last_report, loss = 0.0, time.perf_counter(), math.nan
-    for step in range(start, recipe.schedule.steps):
-        before = time.perf_counter()
-        batch = next(crops)
-        waited += time.perf_counter() - before
-
-        schedule.step_update(step + 1)  # counted from 1, so that the first step already has a rate above zero
-        output = _forward(trained, batch, recipe.seed, step)
+    batches = _batches(recipe, store, size, start, accelerator)
+    metrics = MetricsLog(folder / METRICS_FILE, start)
+    meter = _Meter(recipe, start, clock)
+    for done in range(start + 1, recipe.schedule.steps + 1):
+        with meter.waiting:
+            batch = next(batches)
+        schedule.step_update(done)  # from 1, so that the first step already has a rate above zero
+        output = _forward(trained, batch, recipe.seed, done)
         loss = output.loss.item()
         if not math.isfinite(loss):
-            names = sorted({store.entries[i].source for i in batch["volume"].tolist()})
-            raise NonFiniteLossError(f"step {step + 1}: the loss is {loss}; look at {', '.join(names)}, or lower the rate")
+            scans = sorted({store.entries[i].source for i in batch["volume"].tolist()})
+            raise NonFiniteLossError(f"step {done}: the loss is {loss}; look at {', '.join(scans)}, or lower the rate")
         accelerator.backward(output.loss)
         grad_norm = accelerator.clip_grad_norm_(trained.parameters(), recipe.optimizer.clip_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
-        if done % recipe.output.log_every == 0 or done == recipe.schedule.steps:
-            now = time.perf_counter()
-            since, last_report = now - last_report, now
-            steps = done - max(start, done - 1 - (done - 1) % recipe.output.log_every)
-            progress = Progress(
-                step=done,
-                steps=recipe.schedule.steps,
-                loss=loss,
-                lr=optimizer.param_groups[0]["lr"],
-                grad_norm=float(grad_norm),
-                crops_per_second=steps * recipe.batch_size / since,
-                waiting=waited / since,
-                seconds_left=(recipe.schedule.steps - done) * since / steps,
-            )
-            waited = 0.0
-            log.write(progress, clock.read())
-            watch(progress)
+        last = done == recipe.schedule.steps
+        if last or done % recipe.output.log_every == 0:
+            report = meter.report(done, loss, optimizer.param_groups[0]["lr"], float(grad_norm))
+            metrics.write(report)
+            watch(report)
         if output.picture is not None and done % recipe.output.pictures_every == 0:
-            _draw(output, folder / PICTURES / f"step-{done:08d}.png", recipe)
-        if done % recipe.output.checkpoint_every == 0 or done == recipe.schedule.steps:
-            state = {
-                "step": done,
-                "method": method.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "spent": clock.read(),
-                "loss": log.recent_loss(),
-            }
-            save_checkpoint(folder / CHECKPOINTS, done, state)
-    if start < recipe.schedule.steps:
-        _write_record(folder, recipe, store, clock.read(), log.recent_loss())
+            spacing = recipe.volume.spacing or (1.0, 1.0, 1.0)
+            reconstruction_picture(output.picture(), folder / PICTURES / f"step-{done:08d}.png", spacing=spacing)
+        if last or done % recipe.output.checkpoint_every == 0:
+            state = {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "spent": clock.read()}
+            save_checkpoint(folder / CHECKPOINTS, done, {"step": done, **state})
+    write_record(folder / RECORD_FILE, recipe, store, clock.read(), metrics.recent_loss())
     return method
 
 
@@ -183,8 +121,28 @@ def _claim(folder: Path, recipe: Recipe) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _crops(recipe: Recipe, store: Store, size, start: int, accelerator: Accelerator) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches from step `start` on; each rank gets its own crops."""
+def _optimizer(method: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    settings = recipe.optimizer
+    return create_optimizer_v2(
+        method, opt="adamw", lr=settings.lr, weight_decay=settings.weight_decay, betas=settings.betas, fused=True
+    )
+
+
+def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> CosineLRScheduler:
+    """A function of the step alone, so nothing of it has to be saved."""
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=recipe.schedule.steps,
+        lr_min=recipe.schedule.min_lr,
+        warmup_t=recipe.schedule.warmup,
+        t_in_epochs=False,
+    )
+
+
+def _batches(
+    recipe: Recipe, store: Store, size: tuple[int, int, int], start: int, accelerator: Accelerator
+) -> Iterator[dict[str, Tensor]]:
+    """Batches from step `start` on, this rank's share of each."""
     dataset = CropDataset(
         store,
         recipe.volume,
@@ -195,110 +153,59 @@ def _crops(recipe: Recipe, store: Store, size, start: int, accelerator: Accelera
         mirror_axes=recipe.data.mirror_axes,
     )
     first = start * recipe.batch_size + accelerator.process_index
-    indices = range(first, len(dataset), accelerator.num_processes)
     loader = DataLoader(
         dataset,
         batch_size=recipe.batch_size // accelerator.num_processes,
-        sampler=indices,
+        sampler=range(first, len(dataset), accelerator.num_processes),
         num_workers=recipe.data.workers,
-        drop_last=True,
-        # Forking a process with torch's threads running can hang; spawned workers import torch once a run.
+        # Forking a process in which torch's threads run can hang.
         multiprocessing_context="spawn" if recipe.data.workers else None,
-        generator=torch.Generator(),
     )
     for batch in loader:
         yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def _forward(trained: nn.Module, batch: dict[str, torch.Tensor], seed: int, step: int) -> MethodOutput:
-    # Two streams: torch's own for dropped paths, and a generator for what is hidden.
-    step_seed = int(torch.Generator().manual_seed(seed).initial_seed()) * 1_000_003 + step
-    torch.manual_seed(step_seed)
+def _forward(trained: nn.Module, batch: dict[str, Tensor], seed: int, step: int) -> MethodOutput:
+    step_seed = seed * 1_000_003 + step
+    torch.manual_seed(step_seed)  # for dropped paths, which take torch's own generator
     return trained(batch, torch.Generator().manual_seed(step_seed))
 
 
-class _Clock:
-    """Wall and CPU seconds of a run over all its sessions."""
+class _Stopwatch:
+    """Adds up the seconds spent inside `with` blocks."""
 
-    def __init__(self, spent: dict[str, float]) -> None:
-        self.spent, self.wall, self.cpu = spent, time.perf_counter(), self._cpu()
+    def __init__(self) -> None:
+        self.seconds = 0.0
 
-    @staticmethod
-    def _cpu() -> float:
-        # Reading processes count when they have ended, and so are missing until then.
-        times = os.times()
-        return times.user + times.system + times.children_user + times.children_system
+    def __enter__(self) -> None:
+        self.entered = time.perf_counter()
 
-    def read(self) -> dict[str, float]:
-        return {
-            "wall": self.spent["wall"] + time.perf_counter() - self.wall,
-            "cpu": self.spent["cpu"] + self._cpu() - self.cpu,
-        }
+    def __exit__(self, *exception: object) -> None:
+        self.seconds += time.perf_counter() - self.entered
 
 
-class _Log:
-    """`metrics.jsonl`: a line a report; lines of steps that a resumed run does again are dropped."""
+class _Meter:
+    """Speed, and time spent in `waiting`, since the last report."""
 
-    def __init__(self, path: Path, start: int) -> None:
-        self.path = path
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-        self.rows = [row for row in rows if row["step"] <= start]
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+    def __init__(self, recipe: Recipe, start: int, clock: Clock) -> None:
+        self.recipe, self.clock = recipe, clock
+        self._restart(start)
 
-    def write(self, progress: Progress, spent: dict[str, float]) -> None:
-        row: dict[str, Any] = {
-            "step": progress.step,
-            "loss": progress.loss,
-            "lr": progress.lr,
-            "grad_norm": progress.grad_norm,
-            "crops_per_second": round(progress.crops_per_second, 2),
-            "waiting": round(progress.waiting, 4),
-            "wall_seconds": round(spent["wall"], 1),
-            "cpu_seconds": round(spent["cpu"], 1),
-        }
-        self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    def _restart(self, step: int) -> None:
+        self.last_step, self.last_time, self.waiting = step, time.perf_counter(), _Stopwatch()
 
-    def recent_loss(self) -> float:
-        """Mean of the last 20 reports: one batch's loss says little."""
-        losses = [row["loss"] for row in islice(reversed(self.rows), 20)]
-        return sum(losses) / len(losses) if losses else math.nan
-
-
-def _draw(output: MethodOutput, path: Path, recipe: Recipe) -> None:
-    from medmim.pictures import reconstruction_picture
-
-    reconstruction_picture(output.picture(), path, spacing=recipe.volume.spacing or (1.0, 1.0, 1.0))
-
-
-def _write_record(folder: Path, recipe: Recipe, store: Store, spent: dict[str, float], loss: float) -> None:
-    groups: dict[tuple[str, str, str], int] = {}
-    for entry in store.entries:
-        key = entry.group, entry.modality, entry.license
-        groups[key] = groups.get(key, 0) + 1
-    record = TrainingRecord(
-        method=recipe.method.name,
-        recipe=recipe.name,
-        steps=recipe.schedule.steps,
-        crops=recipe.schedule.steps * recipe.batch_size,
-        volumes=len(store.entries),
-        wall_hours=round(spent["wall"] / 3600, 3),
-        cpu_hours=round(spent["cpu"] / 3600, 3),
-        hardware=_hardware(),
-        final_loss=loss,
-        date=date.today().isoformat(),
-        data=tuple(
-            DataSource(name=name or "unnamed", volumes=count, modality=modality, license=license or "unknown")
-            for (name, modality, license), count in sorted(groups.items())
-        ),
-    )
-    with atomic_write(folder / RECORD_FILE) as path:
-        path.write_text(json.dumps(record.to_data(), indent=1) + "\n", encoding="utf-8")
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} thread(s)"
+    def report(self, step: int, loss: float, lr: float, grad_norm: float) -> Report:
+        seconds, spent = time.perf_counter() - self.last_time, self.clock.read()
+        report = Report(
+            step=step,
+            steps=self.recipe.schedule.steps,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            crops_per_second=(step - self.last_step) * self.recipe.batch_size / seconds,
+            waiting=self.waiting.seconds / seconds,
+            wall_seconds=spent["wall"],
+            cpu_seconds=spent["cpu"],
+        )
+        self._restart(step)
+        return report

@@ -58,13 +58,17 @@ class CropDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Crop `index`: "x" (C, *size) float32 in network units, and "volume", its number in the store."""
-        draw = np.random.default_rng([self.seed, VOLUME_STREAM, index // self.crops_per_volume]).random()
-        position = min(int(np.searchsorted(self.cumulative, draw, side="right")), len(self.cumulative) - 1)
+        position = self.volume_of(index)
         generator = np.random.default_rng([self.seed, CROP_STREAM, index])
         crop = self._crop(position, generator)
         mirrored = [axis + 1 for axis in self.mirror_axes if generator.random() < 0.5]
         x = torch.from_numpy(np.ascontiguousarray(np.flip(crop, mirrored)))
         return {"x": x, "volume": torch.tensor(position)}
+
+    def volume_of(self, index: int) -> int:
+        """The number in the store of the volume that crop `index` is taken from."""
+        draw = np.random.default_rng([self.seed, VOLUME_STREAM, index // self.crops_per_volume]).random()
+        return min(int(np.searchsorted(self.cumulative, draw, side="right")), len(self.cumulative) - 1)
 
     def _crop(self, position: int, generator: np.random.Generator) -> np.ndarray:
         entry, mapping = self.store.entries[position], self.store.intensity(position, self.volume)

@@ -1,0 +1,50 @@
+"""Golden outputs: what a set of weights gave for a known input when it was published.
+
+They are a promise kept in a file: whoever loads the weights, on whatever machine and version, can check that the model
+still computes what it did. The input is a formula, so that it need not be stored.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from medmim.layers.tokens import Size
+
+GOLDEN_FILE = "golden.safetensors"
+TOKENS = 8  # tokens kept of each output: enough to see any change, few enough to ship
+
+
+def golden_input(in_chans: int, img_size: Size) -> Tensor:
+    """A smooth volume in [0, 1] with another pattern in each channel: (1, in_chans, D, H, W)."""
+    axes = [torch.arange(side, dtype=torch.float64) / side for side in img_size]
+    d, h, w = torch.meshgrid(*axes, indexing="ij")
+    channels = [
+        torch.sin(2 * math.pi * (2 + c) * d) * torch.cos(2 * math.pi * (3 + c) * h) * torch.sin(1 + 5 * w)
+        for c in range(in_chans)
+    ]
+    return (torch.stack(channels)[None] / 2 + 0.5).float()
+
+
+@torch.inference_mode()
+def golden_outputs(model: nn.Module, decoder: nn.Module | None = None) -> dict[str, Tensor]:
+    """What a token encoder in evaluation mode, and its decoder when there is one, give for `golden_input`.
+
+    Args:
+        model: A token encoder with `forward_visible`.
+        decoder: Its pretraining decoder.
+
+    Returns:
+        Float32 on the CPU: "pooled" (C,), "tokens" (8, C), and with a decoder "hidden_patches" (8, V), predicted with
+        every fourth token visible.
+    """
+    x = golden_input(model.in_chans, model.img_size).to(next(model.parameters()))
+    tokens = model.forward_features(x)
+    outputs = {"pooled": model.forward_head(tokens, pre_logits=True)[0], "tokens": tokens[0, :TOKENS]}
+    if decoder is not None:
+        everything = torch.arange(math.prod(model.grid_size), device=x.device)[None]
+        idx_keep, idx_hidden = everything[:, ::4], everything[everything % 4 != 0][None, :TOKENS]
+        outputs["hidden_patches"] = decoder(model.forward_visible(x, idx_keep), idx_keep, idx_hidden)[0]
+    return {name: tensor.float().cpu().contiguous() for name, tensor in outputs.items()}

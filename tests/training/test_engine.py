@@ -1,0 +1,112 @@
+"""The training loop: a stored loss curve, resuming bit for bit, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from medmim.errors import SpecError, WeightsError
+from medmim.spec import TrainingRecord
+from medmim_training import engine
+from medmim_training.engine import NonFiniteLossError, build_method, pretrain
+from medmim_training.recipe import Recipe
+
+GOLDEN = Path(__file__).parent / "golden_loss.json"
+
+
+def changed(recipe: Recipe, **sections) -> Recipe:
+    return Recipe.model_validate({**recipe.model_dump(), **sections})
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Interrupted(Exception):
+    """Stands for a kill: the loop gets no chance to save anything."""
+
+
+def stop_at(step: int):
+    def watch(report):
+        if report.step == step:
+            raise Interrupted
+
+    return watch
+
+
+def test_the_loss_curve_is_the_stored_one(finished):
+    """20 steps; the file was written by this test's own run (`losses`), and changes only when training does."""
+    expected = json.loads(GOLDEN.read_text())
+    torch.testing.assert_close(torch.tensor(losses(finished[1])), torch.tensor(expected), rtol=2e-3, atol=0)
+
+
+def test_the_loss_falls(finished):
+    curve = losses(finished[1])
+    assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+
+
+@pytest.mark.parametrize("step", [3, 5, 13])
+def test_a_killed_run_resumes_bit_for_bit(finished, recipe, store, tmp_path, step):
+    with pytest.raises(Interrupted):
+        pretrain(recipe, store, tmp_path, watch=stop_at(step))
+    resumed = pretrain(recipe, store, tmp_path).state_dict()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in finished[0].state_dict().items())
+    assert losses(tmp_path) == losses(finished[1])
+
+
+def test_workers_do_not_change_the_result(finished, recipe, store, tmp_path):
+    other = changed(recipe, data={**recipe.data.model_dump(), "workers": 2})
+    trained = pretrain(other, store, tmp_path).state_dict()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in finished[0].state_dict().items())
+
+
+def test_what_a_finished_run_leaves(finished, recipe, store):
+    folder = finished[1]
+    record = TrainingRecord.parse(json.loads((folder / "record.json").read_text()), source="record.json")
+    assert (record.steps, record.crops, record.volumes) == (20, 80, 3)
+    assert record.cpu_hours >= 0
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000015.pt", "step-00000020.pt"]
+    assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["step-00000010.png", "step-00000020.png"]
+    assert pretrain(recipe, store, folder).encoder is not None  # nothing left to do, and nothing done again
+    assert len(losses(folder)) == 20
+
+
+def test_another_recipe_in_the_same_folder_is_refused(finished, recipe, store):
+    with pytest.raises(SpecError, match="another recipe ran here"):
+        pretrain(changed(recipe, seed=1), store, finished[1])
+
+
+def test_a_damaged_checkpoint_is_named(recipe, store, tmp_path):
+    with pytest.raises(Interrupted):
+        pretrain(recipe, store, tmp_path, watch=stop_at(6))
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match=r"step-00000005\.pt: damaged"):
+        pretrain(recipe, store, tmp_path)
+
+
+def test_a_loss_that_is_no_number_names_the_scans(recipe, store, tmp_path, monkeypatch):
+    def broken(*args):
+        method = build_method(*args)
+        method.decoder.to_voxels.bias.data.fill_(float("nan"))
+        return method
+
+    monkeypatch.setattr(engine, "build_method", broken)
+    with pytest.raises(NonFiniteLossError, match=r"step 1: the loss is nan; look at .*\.nii\.gz"):
+        pretrain(recipe, store, tmp_path)
+
+
+def test_bf16_trains(recipe, store, tmp_path, finished):
+    pretrain(changed(recipe, precision="bf16"), store, tmp_path)
+    torch.testing.assert_close(torch.tensor(losses(tmp_path)), torch.tensor(losses(finished[1])), rtol=0.05, atol=0)
+
+
+def test_rates_warm_up_and_then_fall_as_a_cosine(finished):
+    rates = [json.loads(line)["lr"] for line in (finished[1] / "metrics.jsonl").read_text().splitlines()]
+    assert rates[:4] == pytest.approx([5e-4, 1e-3, 1.5e-3, rates[3]])
+    assert rates[3] == max(rates)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] < 2e-5

@@ -1,0 +1,98 @@
+"""From a finished run to a model folder that others load, and to results on scans."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tomllib
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+import medmim
+from medmim.errors import SpecError
+from medmim.factory import create_decoder
+from medmim.golden import golden_outputs
+from medmim.spec import WeightsSpec
+from medmim_training.evaluate import evaluate_reconstruction
+from medmim_training.publish import package
+from medmim_training.store.sources import find_sources
+
+
+@pytest.fixture(scope="module")
+def folder(finished, store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    package(finished[1], folder, store=store, tag="synthetic", license="CC-BY-4.0", citation="@misc{none}")
+    return folder
+
+
+@pytest.fixture
+def model(folder):
+    return medmim.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_the_encoder_is_the_trained_one_in_bfloat16(finished, model):
+    trained = finished[0].encoder.state_dict()
+    assert all(torch.equal(t, trained[name].bfloat16().float()) for name, t in model.state_dict().items())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_golden_outputs_hold_for_who_loads_it(folder, model):
+    golden = load_file(folder / "golden.safetensors")
+    outputs = golden_outputs(model, create_decoder(model))
+    assert golden.keys() == outputs.keys() == {"pooled", "tokens", "hidden_patches"}
+    for name, tensor in outputs.items():
+        torch.testing.assert_close(tensor, golden[name], rtol=1e-5, atol=1e-5)
+
+
+def test_golden_outputs_notice_a_change(folder, model):
+    golden = load_file(folder / "golden.safetensors")
+    model.blocks[1].mlp.fc1.weight.data[0] += 0.1
+    assert not torch.allclose(golden_outputs(model)["pooled"], golden["pooled"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_spec_says_what_it_was_trained_on(folder, model, store, recipe):
+    weights = model.spec.weights
+    assert model.spec.name == "vit_t_mae3d.synthetic"
+    assert weights.volume == recipe.volume
+    assert (weights.training.steps, weights.training.volumes) == (20, 3)
+    with open(folder / "data.csv", newline="") as file:
+        assert [row["sha256"] for row in csv.DictReader(file)] == [entry.sha256 for entry in store.entries]
+
+
+def test_the_catalog_entry_is_the_config(folder, model):
+    entry = tomllib.loads((folder / "catalog.toml").read_text())["models"]["vit_t_mae3d"]["weights"][0]
+    config = json.loads((folder / "config.json").read_text())["weights"]
+    assert WeightsSpec.parse(entry, source="toml") == WeightsSpec.parse(config, source="json") == model.spec.weights
+
+
+def test_the_card_reads_as_the_hub_does(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "cc-by-4.0"
+    assert card.data.library_name == "medmim"
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert "3 volumes" in card.text
+    assert "Not a medical device" in card.text
+
+
+def test_an_unfinished_run_is_refused(tmp_path, store):
+    with pytest.raises(SpecError, match="no finished run"):
+        package(tmp_path, tmp_path / "out", store=store, tag="x", license="MIT", citation="@misc{none}")
+
+
+def test_results_are_means_over_each_group_and_reproducible(model, scans, tmp_path):
+    (tmp_path / "text.nii.gz").write_text("no scan")
+    listing = tmp_path / "list.csv"
+    rows = [f"{scans}/large.nii.gz,MR,head", f"{scans}/thorax.nii.gz,CT,chest", f"{tmp_path}/text.nii.gz,CT,chest"]
+    listing.write_text("\n".join(["file,modality,group", *rows]))
+    problems = []
+    decoder, sources = create_decoder(model), find_sources(listing)
+    results = evaluate_reconstruction(model, decoder, sources, report=lambda *event: problems.append(event))
+    assert [(result.dataset, result.cases) for result in results] == [("chest", 1), ("head", 1)]
+    assert [name for name, problem in problems if problem] == [f"{tmp_path}/text.nii.gz"]
+    assert results == evaluate_reconstruction(model, decoder, sources)
+    for result in results:
+        assert result.baselines["mean fill"] == pytest.approx(1, abs=0.3)
+        assert 0 < result.value < 10

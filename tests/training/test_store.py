@@ -1,0 +1,157 @@
+"""Preparing scans, and the crops drawn from them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from synthetic import write_scan
+
+from medmim.errors import SpecError
+from medmim.spec import VolumeSpec
+from medmim.transforms import VolumeTransform
+from medmim_training.store.crops import CropDataset
+from medmim_training.store.index import INDEX_FILE, PROBLEMS_FILE, Store, read_index
+from medmim_training.store.prepare import prepare
+from medmim_training.store.sources import find_sources
+
+SIZE = (16, 32, 24)
+
+
+def dataset(store, recipe, **args) -> CropDataset:
+    return CropDataset(store, recipe.volume, **{"size": SIZE, "length": 64, "seed": 0, **args})
+
+
+def test_stored_volumes_equal_the_transform_at_use(store, scans, recipe):
+    """Preprocessing in pretraining is preprocessing at use: same voxels, but for the crop to the foreground."""
+    transform = VolumeTransform(recipe.volume, img_size=(8, 8, 8), fit="pad")
+    for position, entry in enumerate(store.entries):
+        stored = store.intensity(position, recipe.volume).apply(store.array(position)[...].astype(np.float32))
+        at_use = np.asarray(transform(scans / entry.source))
+        foreground = np.nonzero((at_use > 0.05).any(axis=0))
+        box = tuple(slice(line.min(), line.max() + 1) for line in foreground)
+        np.testing.assert_array_equal(stored, at_use[(slice(None), *box)])
+
+
+def test_integers_are_kept_as_integers(store):
+    assert {store.array(i)[:, :1].dtype for i in range(len(store.entries))} == {np.dtype(np.int16)}
+
+
+def test_preparing_again_adds_only_what_is_new(scans, tmp_path, recipe):
+    folder = tmp_path / "store"
+    sources = find_sources(scans)
+    assert prepare(sources[:2], folder, volume=recipe.volume) == (2, 0)
+    before = (folder / INDEX_FILE).read_text()
+    assert prepare(sources, folder, volume=recipe.volume) == (1, 0)
+    assert (folder / INDEX_FILE).read_text().startswith(before)
+    assert len(Store(folder).entries) == 3
+
+
+def test_a_line_cut_short_is_done_again(scans, tmp_path, recipe):
+    folder = tmp_path / "store"
+    sources = find_sources(scans)
+    prepare(sources, folder, volume=recipe.volume)
+    whole = read_index(folder)
+    content = (folder / INDEX_FILE).read_text()
+    (folder / INDEX_FILE).write_text(content[:-40])
+    assert len(read_index(folder)) == 2
+    assert prepare(sources, folder, volume=recipe.volume) == (1, 0)
+    assert read_index(folder) == whole
+
+
+def test_broken_scans_are_reported_and_do_not_stop_the_others(tmp_path, recipe):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    write_scan(scans / "good.nii.gz")
+    (scans / "empty.nii.gz").touch()
+    (scans / "text.nii.gz").write_text("no scan")
+    seen = []
+    counts = prepare(
+        find_sources(scans), tmp_path / "store", volume=recipe.volume, report=lambda *event: seen.append(event)
+    )
+    assert counts == (1, 2)
+    problems = [json.loads(line) for line in (tmp_path / "store" / PROBLEMS_FILE).read_text().splitlines()]
+    assert [problem["source"] for problem in problems] == ["empty.nii.gz", "text.nii.gz"]
+    assert [name for name, problem in seen if problem] == ["empty.nii.gz", "text.nii.gz"]
+
+
+def test_two_processes_prepare_what_one_does(scans, store, tmp_path, recipe):
+    prepare(find_sources(scans), tmp_path / "store", volume=recipe.volume, workers=2)
+    assert read_index(tmp_path / "store") == store.entries
+
+
+def test_other_preprocessing_is_refused(store, recipe):
+    other = VolumeSpec.parse({**recipe.volume.to_data(), "spacing": [1, 1, 1]}, source="test")
+    with pytest.raises(SpecError, match="spacing"):
+        store.check(other)
+    with pytest.raises(SpecError, match="other preprocessing"):
+        prepare([], store.folder, volume=other)
+
+
+def test_a_folder_that_is_no_store_is_named(tmp_path):
+    with pytest.raises(SpecError, match="medmim-train prepare"):
+        Store(tmp_path)
+
+
+def test_csv_lists_are_filtered_by_column(tmp_path):
+    listing = tmp_path / "list.csv"
+    listing.write_text(
+        "file,split,modality,licence\na.nii,train,MR T1w (crop),MIT\nb.nii,test,CT,MIT\nc.nii,pool,PET (SUV),GPL-2.0\n"
+    )
+    assert [s.modality for s in find_sources(listing)] == ["MR", "CT", "PET"]
+    assert [s.name for s in find_sources(listing, ["split=train,pool"])] == ["a.nii", "c.nii"]
+    assert [s.name for s in find_sources(listing, ["split!=test", "licence!=GPL*"])] == ["a.nii"]
+    with pytest.raises(SpecError, match="no scan found where"):
+        find_sources(listing, ["split=nothing"])
+    with pytest.raises(SpecError, match="column=pattern"):
+        find_sources(listing, ["spilt=train"])
+
+
+def test_crops_are_a_function_of_seed_and_index(store, recipe):
+    first, again = dataset(store, recipe), dataset(store, recipe)
+    list(map(first.__getitem__, range(5)))  # whatever was read before does not matter
+    assert torch.equal(first[7]["x"], again[7]["x"])
+    assert not torch.equal(first[7]["x"], first[8]["x"])
+    assert not torch.equal(first[7]["x"], dataset(store, recipe, seed=1)[7]["x"])
+    assert first[0]["x"].shape == (1, *SIZE)
+    assert first[0]["x"].dtype == torch.float32
+
+
+def test_consecutive_crops_share_a_volume(store, recipe):
+    crops = dataset(store, recipe, crops_per_volume=4)
+    volumes = [int(crops[index]["volume"]) for index in range(64)]
+    assert volumes == [crops.volume_of(index - index % 4) for index in range(64)]
+
+
+def test_volumes_are_drawn_by_their_foreground(store, recipe):
+    crops = dataset(store, recipe)
+    draws = np.bincount([crops.volume_of(index) for index in range(3000)], minlength=3)
+    weights = np.array([min(entry.foreground, np.prod(SIZE)) for entry in store.entries])
+    np.testing.assert_allclose(draws / 3000, weights / weights.sum(), atol=0.04)
+
+
+def test_a_crop_is_a_part_of_its_volume(store, recipe):
+    crops = dataset(store, recipe)
+    for index in range(12):
+        x, position = crops[index]["x"][0].numpy(), int(crops[index]["volume"])
+        entry = store.entries[position]
+        volume = entry.intensity.apply(store.array(position)[...].astype(np.float32))[0]
+        outside = entry.intensity.apply(np.float32(entry.minimum))
+        padding = [(side, side) for side in SIZE]
+        padded = np.pad(volume, padding, constant_values=outside)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, SIZE)
+        probe = tuple(side // 2 for side in SIZE)
+        candidates = np.argwhere(windows[..., *probe] == x[probe])
+        assert any(np.array_equal(windows[tuple(c)], x) for c in candidates)
+
+
+def test_mirrored_crops_are_mirrored_along_that_axis_alone(store, recipe):
+    plain, mirrored = dataset(store, recipe), dataset(store, recipe, mirror_axes=(1,))
+    outcomes = []
+    for index in range(16):
+        a, b = plain[index]["x"], mirrored[index]["x"]
+        assert torch.equal(a, b) or torch.equal(a.flip(2), b)
+        outcomes.append(torch.equal(a, b))
+    assert 2 < sum(outcomes) < 14

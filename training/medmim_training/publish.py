@@ -1,0 +1,100 @@
+"""From a finished run to a model folder: weights, decoder, config, golden outputs, data list, card, catalog entry."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import tomli_w
+import torch
+from safetensors.torch import save_file
+
+from medmim import hub
+from medmim.cards import render_card
+from medmim.errors import SpecError
+from medmim.factory import save_pretrained
+from medmim.files import atomic_write
+from medmim.golden import GOLDEN_FILE, golden_outputs
+from medmim.spec import Evidence, ModelSpec, PartSpec, TrainingRecord
+from medmim_training.checkpoint import load_latest
+from medmim_training.engine import CHECKPOINTS, RECIPE_FILE, RECORD_FILE, build_method
+from medmim_training.recipe import load_recipe
+from medmim_training.store.index import Store
+
+DATA_FILE, CARD_FILE, ENTRY_FILE = "data.csv", "README.md", "catalog.toml"
+
+
+def package(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    store: Store,
+    tag: str,
+    license: str,
+    citation: str,
+    evidence: tuple[Evidence, ...] = (),
+) -> ModelSpec:
+    """Makes a model folder, in bfloat16, from the newest checkpoint of a finished run.
+
+    Args:
+        run: Folder that `medmim_training.engine.pretrain` wrote.
+        folder: Model folder to write.
+        store: What the run was trained on, for the data list.
+        tag: Names the training data.
+        license: SPDX identifier, the strictest of the training data.
+        citation: BibTeX.
+        evidence: Results to put on the card.
+
+    Returns:
+        The spec that `config.json` holds.
+
+    Raises:
+        SpecError: When the run is not finished.
+    """
+    run, folder = Path(run), Path(folder)
+    if not (run / RECORD_FILE).is_file():
+        raise SpecError(f"{run}: no finished run ({RECORD_FILE} is missing); `medmim-train pretrain` goes on with it")
+    training = TrainingRecord.parse(json.loads((run / RECORD_FILE).read_text("utf-8")), source=str(run / RECORD_FILE))
+    recipe = load_recipe(str(run / RECIPE_FILE))
+    method = build_method(recipe)
+    method.load_state_dict(load_latest(run / CHECKPOINTS)["method"])
+    encoder, decoder = (part.to(torch.bfloat16).eval() for part in (method.encoder, method.decoder))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # Golden outputs are those of the published numbers, computed in float32 as `create_model` would.
+    with atomic_write(folder / GOLDEN_FILE) as path:
+        save_file(golden_outputs(encoder.float(), decoder.float()), path)
+    _write_data_list(folder / DATA_FILE, store)
+    spec = save_pretrained(
+        encoder.to(torch.bfloat16),
+        folder,
+        decoder=decoder.to(torch.bfloat16),
+        weights={
+            "tag": tag,
+            "license": license,
+            "citation": citation,
+            "volume": recipe.volume.to_data(),
+            "training": training.to_data(),
+            "decoder_spec": PartSpec(kind=recipe.method.name, args=method.decoder_args).to_data(),
+            "golden": hub.describe_file(folder, GOLDEN_FILE).to_data(),
+            "evidence": [each.to_data() for each in evidence],
+        },
+    )
+    for name, text in ((CARD_FILE, render_card(spec)), (ENTRY_FILE, catalog_entry(spec))):
+        with atomic_write(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
+    return spec
+
+
+def catalog_entry(spec: ModelSpec) -> str:
+    """The TOML to paste into the family's file in `medmim/catalog`."""
+    return tomli_w.dumps({"models": {spec.architecture: {"weights": [spec.weights.to_data()]}}})
+
+
+def _write_data_list(path: Path, store: Store) -> None:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("file", "sha256", "modality", "collection", "licence"))
+        for entry in store.entries:
+            writer.writerow((entry.source, entry.sha256 or "", entry.modality, entry.group, entry.license))

@@ -1,0 +1,127 @@
+"""What a run leaves behind besides weights: its metrics as it goes, and what it was and cost when it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from medmim.files import atomic_write
+from medmim.spec import DataSource, TrainingRecord
+from medmim_training.recipe import Recipe
+from medmim_training.store.index import Store
+
+RECENT = 20  # reports that the final loss is the mean of: one batch's loss says little
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run tells whoever watches, every `output.log_every` steps.
+
+    Attributes:
+        step: Steps done, of `steps`.
+        crops_per_second: Since the last report.
+        waiting: Share of that time spent waiting for crops.
+        wall_seconds: Of the run so far, over all its sessions.
+        cpu_seconds: Likewise; processes that read crops are counted when they have ended.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    grad_norm: float
+    crops_per_second: float
+    waiting: float
+    wall_seconds: float
+    cpu_seconds: float
+
+    @property
+    def seconds_left(self) -> float:
+        """At the mean speed so far."""
+        return (self.steps - self.step) * self.wall_seconds / self.step
+
+
+class Clock:
+    """Wall and CPU seconds of a run over all its sessions.
+
+    Args:
+        spent: What earlier sessions took, as `read` gave it.
+    """
+
+    def __init__(self, spent: dict[str, float] | None = None) -> None:
+        self.spent = spent or {"wall": 0.0, "cpu": 0.0}
+        self.start = self._now()
+
+    @staticmethod
+    def _now() -> dict[str, float]:
+        times = os.times()
+        cpu = times.user + times.system + times.children_user + times.children_system
+        return {"wall": time.perf_counter(), "cpu": cpu}
+
+    def read(self) -> dict[str, float]:
+        now = self._now()
+        return {key: self.spent[key] + now[key] - self.start[key] for key in now}
+
+
+class MetricsLog:
+    """`metrics.jsonl`, a line a report.
+
+    Args:
+        path: The file; lines of steps after `start`, which a resumed run does again, are dropped.
+        start: Steps done before this session.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
+        self.losses = [json.loads(line)["loss"] for line in kept]
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, report: Report) -> None:
+        self.losses.append(report.loss)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(report)) + "\n")
+
+    def recent_loss(self) -> float:
+        recent = self.losses[-RECENT:]
+        return sum(recent) / len(recent) if recent else math.nan
+
+
+def write_record(path: Path, recipe: Recipe, store: Store, spent: dict[str, float], loss: float) -> None:
+    """Writes the `TrainingRecord` of a finished run, from which its card is made."""
+    groups = Counter((entry.group, entry.modality, entry.license) for entry in store.entries)
+    record = TrainingRecord(
+        method=recipe.method.name,
+        recipe=recipe.name,
+        steps=recipe.schedule.steps,
+        crops=recipe.schedule.steps * recipe.batch_size,
+        volumes=len(store.entries),
+        wall_hours=round(spent["wall"] / 3600, 3),
+        cpu_hours=round(spent["cpu"] / 3600, 3),
+        hardware=_hardware(),
+        final_loss=loss,
+        date=date.today().isoformat(),
+        data=tuple(
+            DataSource(name=group or "unnamed", volumes=count, modality=modality, license=license or "unknown")
+            for (group, modality, license), count in sorted(groups.items())
+        ),
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(record.to_data(), indent=1) + "\n", encoding="utf-8")
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"
