@@ -1,0 +1,196 @@
+"""Features of a whole scan of any size, from windows of the size that an encoder takes.
+
+Legend: B windows, C features, (D, H, W) voxels, (Dg, Hg, Wg) token grid of the scan, N tokens of a window, P prefix
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from monai.data.utils import compute_importance_map
+from torch import Tensor, nn
+
+from medmim.files import atomic_write
+from medmim.transforms import create_transform
+from medmim.windows import cover, covering_grid, crop_window
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from medmim.layers.tokens import Size
+    from medmim.spec import VolumeSpec
+    from medmim.volumes import Volume
+
+FOREGROUND = 0.05  # of the range of the scaled scan: about 100 HU above air in a window of -1000 to 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """What an encoder makes of one scan.
+
+    Attributes:
+        features: (C, Dg, Hg, Wg) float32 on the CPU, one vector a patch, the whole scan.
+        pooled: (C,), their mean over the patches that hold foreground.
+        affine: (4, 4) float64, index in `features` to mm in the scan's RAS space (centre of the patch).
+        model: Name of the model and its weights.
+        scan: Path of the scan; "this volume" when it came from no file.
+    """
+
+    features: Tensor
+    pooled: Tensor
+    affine: Tensor
+    model: str
+    scan: str
+
+
+def embed(
+    model: nn.Module,
+    scan: str | Path | Volume | np.ndarray,
+    *,
+    modality: str | None = None,
+    volume: VolumeSpec | None = None,
+    overlap: float = 0.25,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Embedding:
+    """Prepares a scan as the weights expect it and encodes all of it.
+
+    Args:
+        model: Any encoder as `dense_features` takes, with `spec`.
+        scan: As for `create_transform`.
+        modality: "CT", "MR" or "PET"; None takes it from the scan.
+        volume: Preprocessing for a model without weights.
+        overlap: Share of a window that the next one covers again, 0 to below 1.
+        batch_size: Windows encoded at a time.
+        progress: Called with windows done and windows in all.
+
+    Returns:
+        Dense features, their pooled vector and where they lie in the patient.
+
+    Raises:
+        ScanError: When the scan cannot be used; the message starts with its path.
+        SpecError: When nothing says how to prepare it, or the modality is not covered.
+    """
+    x = create_transform(model, modality=modality, fit="pad", volume=volume)(scan)  # (channels, D, H, W)
+    voxels = x.as_tensor()
+    features = dense_features(model, voxels, overlap=overlap, batch_size=batch_size, progress=progress)
+    share = foreground_patches(voxels, model.patch_size).flatten().float()  # (Dg * Hg * Wg,)
+    pooled = features.flatten(1) @ (share / share.sum())  # a product, where indexing would copy the feature map
+    affine = x.affine @ _token_to_voxel(model.patch_size)
+    name = model.spec.name if getattr(model, "spec", None) else type(model).__name__
+    return Embedding(features, pooled, affine, name, x.meta["filename_or_obj"])
+
+
+# no_grad, because what inference_mode returns could not be used to train a probe on it.
+@torch.no_grad()
+def dense_features(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    overlap: float = 0.25,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Encodes a volume of any size window by window.
+
+    Tokens of overlapping windows (see `medmim.windows`) are averaged with Gaussian weights, because tokens at the rim
+    of a window saw less around them. Where the volume ends inside a patch or is smaller than a window, its smallest
+    value is filled in at the end. There is one feature map, which the windows are added to.
+
+    Args:
+        model: Has `grid_size`, `patch_size`, `num_features`, `num_prefix_tokens`, and `forward_features` from
+            (B, channels, *window) to tokens (B, P + N, C). It runs in evaluation mode, on the device it is on.
+        x: (channels, D, H, W) in network units.
+        overlap: Share of a window that the next one covers again, 0 to below 1.
+        batch_size: Windows encoded at a time.
+        progress: Called with windows done and windows in all.
+
+    Returns:
+        (C, Dg, Hg, Wg) float32 on the CPU; a side of the grid is that of the volume over the patch's, rounded up, and
+        at least the window's.
+
+    Raises:
+        ValueError: For an overlap outside [0, 1).
+    """
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap={overlap} must be at least 0 and below 1")
+    grid_size = covering_grid(x.shape[1:], model.patch_size, model.grid_size)
+    weight = compute_importance_map(model.grid_size, mode="gaussian")  # (Dg, Hg, Wg) of a window
+    features = torch.zeros(model.num_features, *grid_size)
+    total = torch.zeros(grid_size)
+    fill, parameter = float(x.min()), next(model.parameters())
+    windows = list(cover(grid_size, model.grid_size, overlap=overlap))
+    with _evaluating(model):
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            crops = torch.stack([crop_window(x, window, model.patch_size, fill=fill) for window in batch])
+            tokens = model.forward_features(crops.to(parameter))[:, model.num_prefix_tokens :]  # (B, N, C)
+            maps = tokens.float().cpu().mT.unflatten(2, model.grid_size)  # (B, C, Dg, Hg, Wg) of a window
+            for window, part in zip(batch, maps, strict=True):
+                features[:, *window] += part * weight
+                total[window] += weight
+            if progress:
+                progress(start + len(batch), len(windows))
+    return features.div_(total)
+
+
+def foreground_patches(x: Tensor, patch_size: Size) -> Tensor:
+    """Which patches hold more than air or padding: those whose mean is 5 % of the range above the minimum.
+
+    Args:
+        x: (channels, D, H, W) in network units.
+        patch_size: Voxels along (D, H, W).
+
+    Returns:
+        (Dg, Hg, Wg) boolean; all True when no patch stands out, as in a constant volume.
+    """
+    means = F.avg_pool3d(x[None], patch_size, ceil_mode=True)[0].mean(dim=0)  # (Dg, Hg, Wg)
+    low, high = float(x.min()), float(x.max())
+    inside = means > low + FOREGROUND * (high - low)
+    # Means are rounded, so in a constant volume some are above it.
+    return inside if low < high and inside.any() else torch.ones_like(inside)
+
+
+def save_embeddings(path: str | Path, embeddings: Mapping[str, Embedding]) -> None:
+    """Writes embeddings as one safetensors file, with the tensors `NAME/features`, `NAME/pooled` and `NAME/affine`.
+
+    Args:
+        path: The file to write; it appears whole or not at all. Its metadata has `model`, and `NAME/scan`, the path.
+        embeddings: By name, all of the same model.
+    """
+    from safetensors.torch import save_file
+
+    tensors, metadata = {}, {}
+    for name, embedding in embeddings.items():
+        tensors |= {f"{name}/{part}": getattr(embedding, part) for part in ("features", "pooled", "affine")}
+        metadata |= {"model": embedding.model, f"{name}/scan": embedding.scan}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def _token_to_voxel(patch_size: Size) -> Tensor:
+    """Affine from token index to the voxel index of the patch's centre: (4, 4) float64."""
+    matrix = torch.eye(4, dtype=torch.float64)
+    for axis, patch in enumerate(patch_size):
+        matrix[axis, axis] = patch
+        matrix[axis, 3] = (patch - 1) / 2
+    return matrix
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back to exactly what each module was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,377 @@
+"""Read a scan with its geometry: NIfTI, NRRD, MetaImage (MHA/MHD) or a DICOM series.
+
+Whatever the file format, a `Volume` has its axes in the file's index order and an affine from voxel index to
+millimetres in RAS space (x to the patient's Right, y to Anterior, z to Superior: the convention of NIfTI and nibabel;
+DICOM and ITK use LPS and are converted). Everything that cannot be used as one 3-D scan is refused with a `ScanError`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medmim.errors import ScanError
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+DICOM_SUFFIX = ".dcm"
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+DICOM_MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PET"}
+DICOM_POSITION, DICOM_ORIENTATION, DICOM_MODALITY = "0020|0032", "0020|0037", "0008|0060"
+DICOM_SERIES_UID, DICOM_DESCRIPTION = "0020|000e", "0008|103e"
+DICOM_INTERCEPT, DICOM_SLOPE = "0028|1052", "0028|1053"
+
+# Slice distances are written with few decimals; a missing slice is off by 100 %.
+SLICE_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A scan and where it lies, checked on creation.
+
+    Attributes:
+        array: (C, D, H, W) real finite numbers in the file's index order and stored type, in the units of the scan.
+        affine: (4, 4) float64, voxel index to mm in RAS space.
+        path: The file or folder it came from.
+        modality: "CT", "MR" or "PET" where the header says so (DICOM does).
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    path: Path | None = None
+    modality: str | None = None
+
+    def __post_init__(self):
+        _check_array(self.array, self.name)
+        _check_affine(self.affine, self.name)
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size in mm along D, H, W."""
+        return tuple(float(size) for size in np.linalg.norm(self.affine[:3, :3], axis=0))
+
+    @property
+    def orientation(self) -> str:
+        """Axis codes of D, H, W, for example "LPS": the direction in which each index grows."""
+        import nibabel as nib
+
+        return "".join(nib.aff2axcodes(self.affine))
+
+    @property
+    def name(self) -> str:
+        """The path, or a stand-in for messages about a volume that came from no file."""
+        return str(self.path) if self.path else "this volume"
+
+
+def load_volume(path: str | Path) -> Volume:
+    """Reads one 3-D scan.
+
+    Args:
+        path: A .nii, .nii.gz, .nrrd, .nhdr, .mha or .mhd file; the folder of a DICOM series; or one .dcm file, which
+            stands for the whole series that it belongs to in its folder.
+
+    Returns:
+        The scan with one channel, as stored; NIfTI scale factors and DICOM rescaling are applied.
+
+    Raises:
+        ScanError: One sentence that starts with the path and says what to do.
+    """
+    path = Path(path)
+    if path.is_dir():
+        array, affine, modality = _read_dicom_folder(path)
+    elif not path.exists():
+        raise ScanError(f"{path}: no such file or folder; check the path")
+    elif path.stat().st_size == 0:
+        raise ScanError(f"{path}: the file is empty; copy or export it again")
+    elif path.name.lower().endswith(NIFTI_SUFFIXES):
+        array, affine, modality = *_read_nifti(path), None
+    elif path.name.lower().endswith(ITK_SUFFIXES):
+        array, affine, modality = *_read_itk(path), None
+    elif path.name.lower().endswith(DICOM_SUFFIX):
+        array, affine, modality = _read_dicom_file(path)
+    else:
+        known = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES, DICOM_SUFFIX))
+        raise ScanError(f"{path}: not a known scan format; give a file that ends in {known}, or a DICOM folder")
+    return Volume(array[None], affine, path, modality)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_frames(shape: tuple[int, ...], path: Path) -> None:
+    """Refuses what is more than one 3-D scan, before its voxels are read."""
+    if len(shape) > 4 and max(shape[4:]) > 1:
+        raise ScanError(f"{path}: holds vectors (shape {_times(shape)}), not one value a voxel; save one component")
+    if len(shape) > 3 and shape[3] > 1:
+        raise ScanError(
+            f"{path}: a series of {shape[3]} frames (shape {_times(shape)}); split it and give one 3-D frame at a time"
+        )
+
+
+def _check_array(array: np.ndarray, name: str) -> None:
+    if array.ndim != 4:
+        raise ScanError(
+            f"{name}: has {array.ndim - 1} axes beside the channels (shape {_times(array.shape)}); give a 3-D scan"
+        )
+    if min(array.shape[1:]) < 2:
+        raise ScanError(f"{name}: a single slice (shape {_times(array.shape[1:])}); give a scan with 2 slices or more")
+    if array.dtype.kind == "c":
+        raise ScanError(f"{name}: holds complex numbers ({array.dtype}); save the magnitude as a new file")
+    if array.dtype.kind not in "iufb":
+        raise ScanError(f"{name}: holds colours or records ({array.dtype}), not one value a voxel; convert it to grey")
+    if array.dtype.kind == "f":
+        # The sum is finite unless some voxel is not (or it overflows), and needs no array of booleans.
+        with np.errstate(over="ignore", invalid="ignore"):
+            suspicious = not np.isfinite(array.sum(dtype=np.float64))
+        broken = array.size - np.count_nonzero(np.isfinite(array)) if suspicious else 0
+        if broken:
+            raise ScanError(
+                f"{name}: {broken} of {array.size} voxels are NaN or infinite; replace them, for example by the "
+                "background value, and save the scan again"
+            )
+
+
+def _check_affine(affine: np.ndarray, name: str) -> None:
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or not (spacing > 0).all():
+        raise ScanError(f"{name}: voxel spacing {_times(spacing)} mm is not usable; correct the header")
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
+        raise ScanError(f"{name}: the affine is singular (two axes point the same way); correct the header")
+
+
+def _times(numbers) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)
+
+
+# --- NIfTI ------------------------------------------------------------------------------------------------------------
+
+
+def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        with _quiet(nib.imageglobals.logger):
+            # No memory map: a file that is cut short while it is mapped kills the process.
+            image = nib.load(path, mmap=False)
+            _check_frames(image.shape, path)
+            _check_nifti_spacing(image, path)
+            scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
+            if scaled and image.get_data_dtype().kind in "iuf":
+                array = image.get_fdata(dtype=np.float32, caching="unchanged")
+            else:
+                array = np.asanyarray(image.dataobj)
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+        if isinstance(error, ScanError):
+            raise
+        raise ScanError(f"{path}: cannot be read as NIfTI ({_one_line(error)}); copy or export it again") from None
+    # (D, H, W, 1, ...) -> (D, H, W)
+    return array.reshape(array.shape[:3]) if array.ndim > 3 else array, image.affine
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_nifti_spacing(image, path: Path) -> None:
+    """Refuses the zero spacing that nibabel replaces by 1 mm on reading."""
+    import nibabel as nib
+
+    if image.header["sform_code"] > 0:
+        return  # then the header's spacing is not used
+    with nib.openers.ImageOpener(path) as file:
+        stored = type(image.header).from_fileobj(file, check=False)
+    spacing = stored["pixdim"][1:4]
+    if not np.isfinite(spacing).all() or not (spacing != 0).all():
+        raise ScanError(f"{path}: voxel spacing {_times(spacing)} mm is not usable; correct the header")
+
+
+# --- NRRD and MetaImage -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _itk(path: Path, format_name: str) -> Iterator[None]:
+    """Keeps ITK from printing warnings, and turns its errors into a `ScanError`."""
+    import SimpleITK as sitk
+
+    warnings = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    except RuntimeError as error:
+        raise ScanError(
+            f"{path}: cannot be read as {format_name} ({_one_line(error)}); copy or export it again"
+        ) from None
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(warnings)
+
+
+def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    import SimpleITK as sitk
+
+    with _itk(path, "NRRD" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImage"):
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        _check_frames(reader.GetSize(), path)
+        _check_components(reader, path)
+        image = reader.Execute()
+    return _array_and_affine(image)
+
+
+def _check_components(reader: sitk.ImageFileReader, path: Path) -> None:
+    if reader.GetNumberOfComponents() > 1:
+        raise ScanError(
+            f"{path}: holds {reader.GetNumberOfComponents()} values a voxel (colour or vectors); save one component"
+        )
+
+
+def _array_and_affine(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+    """An ITK image as (D, H, W) in index order, and its affine in RAS mm."""
+    import SimpleITK as sitk
+
+    if image.GetDimension() == 4:  # of one frame, as checked before
+        image = image[..., 0]
+    array = sitk.GetArrayFromImage(image).transpose()  # (k, j, i) -> (i, j, k)
+    affine = np.eye(image.GetDimension() + 1)
+    direction = np.reshape(image.GetDirection(), affine[:-1, :-1].shape)
+    affine[:-1, :-1] = direction * image.GetSpacing()
+    affine[:-1, -1] = image.GetOrigin()
+    return array, LPS_TO_RAS @ affine if len(affine) == 4 else affine
+
+
+# --- DICOM ------------------------------------------------------------------------------------------------------------
+
+
+def _read_dicom_folder(folder: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
+    series = _dicom_series(folder)
+    if not series:
+        raise ScanError(f"{folder}: holds no DICOM files; give a scan, or the folder that directly holds one series")
+    volumes = {uid: files for uid, files in series.items() if len(files) > 1} or series
+    if len(volumes) > 1:
+        listed = "; ".join(_describe_series(uid, files) for uid, files in volumes.items())
+        raise ScanError(
+            f"{folder}: holds {len(volumes)} series, give one file of the one you want, or a folder with only that "
+            f"series: {listed}"
+        )
+    (files,) = volumes.values()
+    return _read_dicom_series(files, folder)
+
+
+def _read_dicom_file(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
+    with _itk(path, "DICOM"):
+        uid = _dicom_header(str(path)).get(DICOM_SERIES_UID)
+    files = _dicom_series(path.parent).get(uid, (str(path),))
+    return _read_dicom_series(files, path)
+
+
+def _dicom_series(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Files by series UID, each series sorted along the patient."""
+    import SimpleITK as sitk
+
+    with _itk(folder, "DICOM"):
+        uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+        return {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in uids}
+
+
+def _dicom_header(file: str) -> dict[str, str]:
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(file)
+    reader.ReadImageInformation()
+    return {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
+
+
+def _describe_series(uid: str, files: tuple[str, ...]) -> str:
+    header = _dicom_header(files[0])
+    description = header.get(DICOM_DESCRIPTION) or "no description"
+    return f"{Path(files[0]).name} ({description}, {header.get(DICOM_MODALITY, '?')}, {len(files)} files, UID {uid})"
+
+
+def _read_dicom_series(files: tuple[str, ...], path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
+    import SimpleITK as sitk
+
+    with _itk(path, "DICOM"):
+        headers = [_dicom_header(file) for file in files]
+        modality = DICOM_MODALITIES.get(headers[0].get(DICOM_MODALITY, ""))
+        if len(files) == 1:  # one file that holds all slices, or a single slice, which is refused later
+            image = sitk.ReadImage(files[0], imageIO="GDCMImageIO")
+        else:
+            files, step = _order_slices(files, headers, path)
+            # ITK reads all slices as the type of the first; those of a PET have a scale each and would be rounded.
+            scales = {(header.get(DICOM_SLOPE), header.get(DICOM_INTERCEPT)) for header in headers}
+            pixel_type = sitk.sitkUnknown if len(scales) == 1 else sitk.sitkFloat32
+            image = sitk.ReadImage(files, pixel_type, imageIO="GDCMImageIO")
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        raise ScanError(f"{path}: holds {image.GetNumberOfComponentsPerPixel()} values a voxel (colour); give a scan")
+    array, affine = _array_and_affine(image)
+    if len(files) > 1:
+        # ITK takes the slices as stacked at right angles; the positions say where they are (gantry tilt).
+        affine[:3, 2] = LPS_TO_RAS[:3, :3] @ step
+    return array, affine, modality
+
+
+def _order_slices(files, headers: list[dict[str, str]], path: Path) -> tuple[list[str], np.ndarray]:
+    """Files in the order of their positions, and the step in mm (LPS) from one slice to the next."""
+    try:
+        positions = np.array([_numbers(header[DICOM_POSITION]) for header in headers])  # (slices, 3)
+        orientations = np.array([_numbers(header[DICOM_ORIENTATION]) for header in headers])  # (slices, 6)
+    except (KeyError, ValueError):
+        raise ScanError(
+            f"{path}: some of its {len(files)} DICOM files have no slice position; give one 3-D series (not a "
+            "photograph, report or projection)"
+        ) from None
+    if np.abs(orientations - orientations[0]).max() > 1e-3:
+        raise ScanError(
+            f"{path}: its slices have different orientations (a localiser?); give a series of parallel slices"
+        )
+    heights = positions @ np.cross(orientations[0, :3], orientations[0, 3:])  # (slices,) mm along the normal
+    order = np.argsort(heights, kind="stable")
+    gaps = np.diff(heights[order])
+    typical = float(np.median(gaps))
+    if (gaps < SLICE_TOLERANCE * typical).any() or typical <= 0:
+        raise ScanError(
+            f"{path}: several slices at the same position (time points or echoes?); give the files of one 3-D volume"
+        )
+    wrong = np.flatnonzero(np.abs(gaps - typical) > SLICE_TOLERANCE * typical)
+    if wrong.size:
+        raise ScanError(
+            f"{path}: slices are not evenly spaced: {gaps[wrong[0]]:.4g} mm after {Path(files[order[wrong[0]]]).name}, "
+            f"{typical:.4g} mm elsewhere; export the complete series, or resample it to even spacing"
+        )
+    step = (positions[order[-1]] - positions[order[0]]) / (len(files) - 1)
+    return [files[index] for index in order], step
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split("\\")]
+
+
+def _one_line(error: Exception) -> str:
+    """What matters of a library's message: nibabel's first line; of ITK's, the last that gives an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if not isinstance(error, RuntimeError):
+        return lines[0]
+    line = next((line for line in reversed(lines) if not line.startswith("Reason:")), lines[-1])
+    return re.sub(r"^(sitk::|ITK )ERROR: (\w+\(0x\w+\): )?", "", line)

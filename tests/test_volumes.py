@@ -1,0 +1,404 @@
+"""Every format gives the same scan in the same place, and every broken file one sentence."""
+
+import gzip
+import re
+import struct
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from medmim.errors import ScanError
+from medmim.volumes import Volume, load_volume
+
+SHAPE = (14, 9, 6)
+SPACING = (0.8, 1.5, 3.0)
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def rotated_affine() -> np.ndarray:
+    """Index to RAS mm: 12 degrees about S, the first axis runs to the Left, the second to Posterior."""
+    angle = np.deg2rad(12)
+    rotation = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = rotation @ np.diag([-1, -1, 1]) * SPACING
+    affine[:3, 3] = (11, -7, 40)
+    return affine
+
+
+def voxels(shape=SHAPE) -> np.ndarray:
+    """Every voxel has its own value, so that a wrong axis order cannot go unnoticed."""
+    return np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+
+
+def itk_image(array: np.ndarray, affine: np.ndarray) -> sitk.Image:
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.transpose()))
+    lps = LPS_TO_RAS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    return image
+
+
+def write_dicom(
+    folder, array, affine, *, uid="1.2.3.4", modality="CT", description="chest", skip=(), tilt=0.0, slopes=None
+):
+    """One file a slice, named against the order of the slices.
+
+    `tilt` shifts each slice along the rows by so many mm; with `slopes`, slice k holds array * slopes[k].
+    """
+    folder.mkdir(exist_ok=True)
+    image = itk_image(array, affine)
+    direction = np.reshape(image.GetDirection(), (3, 3))
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for k in set(range(array.shape[2])) - set(skip):
+        piece = image[:, :, k]
+        position = np.array(image.TransformIndexToPhysicalPoint((0, 0, k))) + tilt * k * direction[:, 0]
+        tags = {
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
+            "0008|0018": f"{uid}.{k + 1}",
+            "0008|0060": modality,
+            "0008|103e": description,
+            "0020|000d": "1.2.3",
+            "0020|000e": uid,
+            "0020|0032": "\\".join(f"{value:.6f}" for value in position),
+            "0020|0037": "\\".join(f"{value:.6f}" for value in direction[:, :2].T.ravel()),
+        }
+        if slopes:
+            tags |= {"0028|1052": "0", "0028|1053": str(slopes[k])}
+            tags |= {"0028|0100": "16", "0028|0101": "16", "0028|0102": "15", "0028|0103": "1"}
+            piece = sitk.Cast(piece, sitk.sitkFloat64) * slopes[k] if slopes[k] != 1 else piece
+        for key, value in tags.items():
+            piece.SetMetaData(key, value)
+        writer.SetFileName(str(folder / f"{uid}-{99 - k}.dcm"))
+        writer.Execute(piece)
+    return folder
+
+
+def save_nifti(path, array, affine=None, **header):
+    image = nib.Nifti1Image(array, rotated_affine() if affine is None else affine)
+    for key, value in header.items():
+        image.header[key] = value
+    nib.save(image, path)
+    return path
+
+
+# --- the same scan from every format ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd"])
+def test_file_formats_agree(tmp_path, suffix):
+    path = tmp_path / f"scan{suffix}"
+    if suffix.startswith(".nii"):
+        save_nifti(path, voxels())
+    else:
+        sitk.WriteImage(itk_image(voxels(), rotated_affine()), str(path))
+    volume = load_volume(path)
+    assert volume.array.dtype == np.int16
+    np.testing.assert_array_equal(volume.array, voxels()[None])
+    np.testing.assert_allclose(volume.affine, rotated_affine(), atol=1e-5)
+    np.testing.assert_allclose(volume.spacing, SPACING, rtol=1e-6)
+    assert volume.orientation == "LPS"
+    assert (volume.path, volume.modality) == (path, None)
+
+
+@pytest.mark.parametrize("give", ["folder", "file"])
+def test_dicom_agrees(tmp_path, give):
+    folder = write_dicom(tmp_path / "series", voxels(), rotated_affine())
+    volume = load_volume(folder if give == "folder" else next(folder.iterdir()))
+    # GDCM sorts slices along the normal, which here is the order in which they were written.
+    np.testing.assert_array_equal(volume.array, voxels()[None])
+    np.testing.assert_allclose(volume.affine, rotated_affine(), atol=1e-4)
+    assert volume.modality == "CT"
+
+
+@pytest.mark.parametrize(("code", "modality"), [("MR", "MR"), ("PT", "PET"), ("US", None)])
+def test_dicom_modality(tmp_path, code, modality):
+    folder = write_dicom(tmp_path / "series", voxels(), np.eye(4), modality=code)
+    assert load_volume(folder).modality == modality
+
+
+def test_dicom_slices_may_have_a_scale_each(tmp_path):
+    slopes = [1, 0.5, 0.25, 0.5, 0.25, 0.5]
+    folder = write_dicom(tmp_path / "series", voxels(), np.eye(4), modality="PT", slopes=slopes)
+    np.testing.assert_allclose(load_volume(folder).array[0], voxels() * np.array(slopes))
+
+
+def test_dicom_gantry_tilt_is_in_the_affine(tmp_path):
+    folder = write_dicom(tmp_path / "series", voxels(), rotated_affine(), tilt=0.7)
+    expected = rotated_affine()
+    expected[:3, 2] += 0.7 * expected[:3, 0] / SPACING[0]
+    np.testing.assert_allclose(load_volume(folder).affine, expected, atol=1e-4)
+
+
+def test_dicom_localiser_beside_the_series_is_passed_over(tmp_path):
+    folder = write_dicom(tmp_path / "series", voxels(), rotated_affine())
+    write_dicom(folder, voxels()[:, :, :1], np.eye(4), uid="1.2.9", description="scout")
+    assert load_volume(folder).array.shape == (1, *SHAPE)
+
+
+def test_dicom_file_picks_its_series_out_of_several(tmp_path):
+    folder = write_dicom(tmp_path / "series", voxels(), rotated_affine())
+    write_dicom(folder, voxels() + 1, rotated_affine(), uid="1.2.9", modality="MR")
+    volume = load_volume(folder / "1.2.9-99.dcm")
+    assert volume.modality == "MR"
+    np.testing.assert_array_equal(volume.array[0], voxels() + 1)
+
+
+def test_nifti_scale_factors_are_applied(tmp_path):
+    image = nib.Nifti1Image(voxels(), np.eye(4))
+    image.header.set_slope_inter(0.5, -10)
+    image.to_filename(tmp_path / "scan.nii")
+    volume = load_volume(tmp_path / "scan.nii")
+    assert volume.array.dtype == np.float32
+    np.testing.assert_array_equal(volume.array[0], voxels() * 0.5 - 10)
+
+
+@pytest.mark.parametrize("shape", [(*SHAPE, 1), (*SHAPE, 1, 1)])
+def test_single_frame_of_a_series_is_a_scan(tmp_path, shape):
+    path = save_nifti(tmp_path / "scan.nii.gz", voxels(shape))
+    np.testing.assert_array_equal(load_volume(path).array[0], voxels())
+
+
+def test_big_endian_is_read(tmp_path):
+    nib.Nifti1Image(voxels(), np.eye(4), nib.Nifti1Header(endianness=">")).to_filename(tmp_path / "scan.nii")
+    np.testing.assert_array_equal(load_volume(tmp_path / "scan.nii").array[0], voxels())
+
+
+# --- one sentence for every broken scan -------------------------------------------------------------------------------
+
+
+def missing(folder):
+    return folder / "nowhere.nii.gz"
+
+
+def empty(folder):
+    (folder / "scan.nii.gz").touch()
+    return folder / "scan.nii.gz"
+
+
+def text_named_nifti(folder):
+    (folder / "scan.nii.gz").write_text("patient,label\n1,2\n")
+    return folder / "scan.nii.gz"
+
+
+def zipped_text_named_nifti(folder):
+    (folder / "scan.nii.gz").write_bytes(gzip.compress(b"patient,label\n" * 100))
+    return folder / "scan.nii.gz"
+
+
+def truncated_gzip(folder):
+    noise = np.random.default_rng(0).integers(0, 1000, (32, 32, 32), dtype=np.int16)
+    path = save_nifti(folder / "scan.nii.gz", noise)
+    path.write_bytes(path.read_bytes()[:-4000])
+    return path
+
+
+def damaged_gzip(folder):
+    noise = np.random.default_rng(0).integers(0, 1000, (32, 32, 32), dtype=np.int16)
+    path = save_nifti(folder / "scan.nii.gz", noise)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    return path
+
+
+def truncated_nifti(folder):
+    path = save_nifti(folder / "scan.nii", voxels())
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+def time_series(folder):
+    return save_nifti(folder / "scan.nii", voxels((*SHAPE, 7)))
+
+
+def nifti_vectors(folder):
+    return save_nifti(folder / "scan.nii", voxels((*SHAPE, 1, 3)))
+
+
+def single_slice(folder):
+    return save_nifti(folder / "scan.nii", voxels((14, 9, 1)))
+
+
+def plane(folder):
+    return save_nifti(folder / "scan.nii", voxels((14, 9)))
+
+
+def not_a_number(folder):
+    array = voxels().astype(np.float32)
+    array[3, 4, :2] = np.nan
+    array[0, 0, 0] = np.inf
+    return save_nifti(folder / "scan.nii.gz", array)
+
+
+def complex_numbers(folder):
+    return save_nifti(folder / "scan.nii", voxels().astype(np.complex64))
+
+
+def nifti_colours(folder):
+    return save_nifti(folder / "scan.nii", np.zeros(SHAPE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")]))
+
+
+def zero_spacing(folder):
+    path = save_nifti(folder / "scan.nii", voxels(), np.eye(4))
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<f", data, 76 + 4 * 2, 0.0)  # pixdim[2]
+    struct.pack_into("<hh", data, 252, 0, 0)  # qform_code, sform_code
+    path.write_bytes(data)
+    return path
+
+
+def singular_affine(folder):
+    affine = np.eye(4)
+    affine[:, 1] = affine[:, 0]
+    path = save_nifti(folder / "scan.nii", voxels(), np.eye(4))
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<hh", data, 252, 0, 2)
+    struct.pack_into("<12f", data, 280, *affine[:3].ravel())
+    path.write_bytes(data)
+    return path
+
+
+def affine_not_a_number(folder):
+    path = singular_affine(folder)
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<12f", data, 280, *(12 * [float("nan")]))
+    path.write_bytes(data)
+    return path
+
+
+def unknown_suffix(folder):
+    (folder / "scan.png").write_bytes(b"\x89PNG")
+    return folder / "scan.png"
+
+
+def text_named_nrrd(folder):
+    (folder / "scan.nrrd").write_text("patient,label\n1,2\n")
+    return folder / "scan.nrrd"
+
+
+def truncated_nrrd(folder):
+    sitk.WriteImage(itk_image(voxels(), np.eye(4)), str(folder / "scan.nrrd"))
+    path = folder / "scan.nrrd"
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+def truncated_mha(folder):
+    sitk.WriteImage(itk_image(voxels(), np.eye(4)), str(folder / "scan.mha"))
+    path = folder / "scan.mha"
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+def itk_time_series(folder):
+    frames = [itk_image(voxels(), np.eye(4))] * 5
+    sitk.WriteImage(sitk.JoinSeries(frames), str(folder / "scan.nrrd"))
+    return folder / "scan.nrrd"
+
+
+def itk_colours(folder):
+    piece = itk_image(voxels(), np.eye(4))
+    sitk.WriteImage(sitk.Compose(piece, piece, piece), str(folder / "scan.mha"))
+    return folder / "scan.mha"
+
+
+def itk_plane(folder):
+    sitk.WriteImage(itk_image(voxels(), np.eye(4))[:, :, 0], str(folder / "scan.mha"))
+    return folder / "scan.mha"
+
+
+def folder_without_scans(folder):
+    (folder / "notes.txt").write_text("nothing here")
+    return folder
+
+
+def text_named_dicom(folder):
+    (folder / "slice.dcm").write_text("nothing here")
+    return folder / "slice.dcm"
+
+
+def dicom_slice(folder):
+    return next(write_dicom(folder / "series", voxels()[:, :, :1], np.eye(4)).iterdir())
+
+
+def dicom_with_a_hole(folder):
+    return write_dicom(folder / "series", voxels(), rotated_affine(), skip=(3,))
+
+
+def dicom_repeated_positions(folder):
+    series = write_dicom(folder / "series", voxels(), rotated_affine())
+    for path in list(series.iterdir())[:3]:
+        (series / f"again-{path.name}").write_bytes(path.read_bytes())
+    return series
+
+
+def dicom_two_series(folder):
+    write_dicom(folder / "series", voxels(), rotated_affine(), description="arterial")
+    return write_dicom(folder / "series", voxels(), np.eye(4), uid="1.2.9", description="venous", modality="MR")
+
+
+BROKEN = {
+    missing: "no such file",
+    empty: "is empty",
+    text_named_nifti: "cannot be read as NIfTI",
+    zipped_text_named_nifti: "cannot be read as NIfTI",
+    truncated_gzip: "cannot be read as NIfTI",
+    damaged_gzip: "cannot be read as NIfTI",
+    truncated_nifti: "cannot be read as NIfTI",
+    time_series: "7 frames .* split it",
+    nifti_vectors: "holds vectors",
+    single_slice: "single slice",
+    plane: "2 axes .* 3-D scan",
+    not_a_number: "3 of 756 voxels are NaN or infinite",
+    complex_numbers: "complex numbers",
+    nifti_colours: "colours",
+    zero_spacing: "voxel spacing 1 x 0 x 1 mm",
+    singular_affine: "singular",
+    affine_not_a_number: "not usable",
+    unknown_suffix: r"ends in \.nii",
+    text_named_nrrd: "cannot be read as NRRD",
+    truncated_nrrd: "cannot be read as NRRD",
+    truncated_mha: "cannot be read as MetaImage",
+    itk_time_series: "5 frames .* split it",
+    itk_colours: "3 values a voxel",
+    itk_plane: "2 axes .* 3-D scan",
+    folder_without_scans: "no DICOM files",
+    text_named_dicom: "cannot be read as DICOM",
+    dicom_slice: "single slice",
+    dicom_with_a_hole: r"6 mm after .* 3 mm elsewhere",
+    dicom_repeated_positions: "same position",
+    dicom_two_series: r"2 series.*arterial, CT, 6 files.*venous, MR, 6 files",
+}
+
+
+@pytest.mark.parametrize("make", BROKEN, ids=lambda make: make.__name__)
+def test_broken_scan_is_one_sentence(tmp_path, make, capfd, caplog):
+    path = make(tmp_path)
+    capfd.readouterr()
+    caplog.clear()
+    with pytest.raises(ScanError) as caught:
+        load_volume(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert re.search(BROKEN[make], message), message
+    assert not caplog.records
+    if make is not truncated_mha:  # the MetaImage library prints past ITK's switch
+        assert "".join(capfd.readouterr()) == ""
+
+
+def test_volume_made_by_hand_is_checked():
+    with pytest.raises(ScanError, match=r"^this volume: has 2 axes beside the channels \(shape 4 x 5 x 6\)"):
+        Volume(np.zeros((4, 5, 6)), np.eye(4))
+
+
+def test_import_is_light():
+    code = "import sys, medmim.volumes; print({'torch', 'SimpleITK', 'nibabel', 'monai'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
