@@ -141,7 +141,9 @@ def _rule(rule) -> str:
     if isinstance(rule, Window):
         return f"clipped to [{rule.low:g}, {rule.high:g}], scaled to [0, 1]"
     if isinstance(rule, Percentile):
-        return f"clipped to percentiles {rule.low:g} and {rule.high:g} of the voxels above the minimum, scaled to [0, 1]"
+        return (
+            f"clipped to percentiles {rule.low:g} and {rule.high:g} of the voxels above the minimum, scaled to [0, 1]"
+        )
     return "zero mean and unit variance over the voxels above the minimum"
 
 

@@ -79,7 +79,7 @@ def test_intermediates_are_what_the_blocks_give(model, x):
     tokens = model.forward_intermediates(x, [-1], norm=True, output_fmt="NLC", intermediates_only=True)[0]
     assert torch.equal(tokens, final[:, model.num_prefix_tokens :])
     assert torch.equal(every[-1].flatten(2).transpose(1, 2), tokens)
-    (patches, prefix), = model.forward_intermediates(x, 1, return_prefix_tokens=True, intermediates_only=True)  # fmt: skip
+    ((patches, prefix),) = model.forward_intermediates(x, 1, return_prefix_tokens=True, intermediates_only=True)
     assert prefix.shape == (2, model.num_prefix_tokens, 48)
     assert patches.shape == (2, 48, *GRID)
     early = model.forward_intermediates(x, [0], stop_early=True, intermediates_only=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 from accelerate.state import AcceleratorState
-from synthetic import write_scan
 
 from medmim_training.engine import pretrain
 from medmim_training.recipe import Recipe
 from medmim_training.store.index import Store
 from medmim_training.store.prepare import prepare
 from medmim_training.store.sources import find_sources
+from synthetic import write_scan
 
 RECIPE = {
     "name": "tiny",

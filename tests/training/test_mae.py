@@ -69,7 +69,6 @@ def test_changing_hidden_voxels_does_not_change_the_prediction():
 def test_the_loss_is_the_mean_over_hidden_voxels():
     method, data = build(loss="mse"), batch()
     output = method(data, seeded())
-    _, idx_hidden = random_hiding(2, TOKENS, 0.75, generator=seeded())
     assert torch.equal(output.picture().hidden, hidden_of_step()[0, 0])
     single = {"x": data["x"][:1]}
     torch.manual_seed(0)

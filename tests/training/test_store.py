@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from synthetic import write_scan
 
 from medmim.errors import SpecError
 from medmim.spec import VolumeSpec
@@ -16,6 +15,7 @@ from medmim_training.store.crops import CropDataset
 from medmim_training.store.index import INDEX_FILE, PROBLEMS_FILE, Store, read_index
 from medmim_training.store.prepare import prepare
 from medmim_training.store.sources import find_sources
+from synthetic import write_scan
 
 SIZE = (16, 32, 24)
 

@@ -36,7 +36,9 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
         return torch.load(found[-1], map_location="cpu", weights_only=True)
     except Exception as error:
         # torch raises whatever the damaged archive makes it trip over; there is no common base class.
-        raise WeightsError(f"{found[-1]}: damaged ({type(error).__name__}); delete it to go on from the one before") from error
+        raise WeightsError(
+            f"{found[-1]}: damaged ({type(error).__name__}); delete it to go on from the one before"
+        ) from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:

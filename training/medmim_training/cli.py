@@ -116,7 +116,9 @@ def evaluate(
     with _progress() as progress:
         report = _reporting(progress, "evaluating", len(sources))
         results = evaluate_reconstruction(encoder, decoder, sources, ratio=ratio, report=report)
-    table = Table("data", "scans", *METHODS, title=f"normalised MSE of hidden voxels, {ratio:.0%} of the patches hidden")
+    table = Table(
+        "data", "scans", *METHODS, title=f"normalised MSE of hidden voxels, {ratio:.0%} of the patches hidden"
+    )
     for result in results:
         values = (result.value, *result.baselines.values())
         table.add_row(result.dataset, str(result.cases), *(f"{value:.3f}" for value in values))

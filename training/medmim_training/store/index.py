@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import blosc2
@@ -78,7 +78,7 @@ class Store:
             return entry.intensity
         return self._other_intensity(position, rule)
 
-    @lru_cache(maxsize=None)  # noqa: B019 - a store lives as long as the run
+    @cache  # noqa: B019 - a store lives as long as the run
     def _other_intensity(self, position: int, rule) -> IntensityMap:
         return intensity_map(rule, self.array(position)[...])
 
@@ -93,7 +93,9 @@ class Store:
                 )
         missing = {entry.modality for entry in self.entries} - set(volume.modalities)
         if missing:
-            raise SpecError(f"{self.folder}: holds {', '.join(sorted(missing))}, for which volume.intensity has no rule")
+            raise SpecError(
+                f"{self.folder}: holds {', '.join(sorted(missing))}, for which volume.intensity has no rule"
+            )
 
 
 def read_store_spec(folder: Path) -> VolumeSpec:

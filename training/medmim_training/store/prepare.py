@@ -96,7 +96,9 @@ def _run(sources, folder, volume, present, workers) -> Iterator[tuple[Source, St
         yield from ((source, _prepare_one(source, folder, volume, present)) for source in sources)
         return
     # Spawned, not forked: the parent has threads of torch and blosc2 running.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         jobs = {pool.submit(_prepare_one, source, folder, volume, present): source for source in sources}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
