@@ -74,11 +74,27 @@ def random_hiding(
     Raises:
         ValueError: When nothing or everything would be hidden.
     """
+    return hide_highest(torch.rand(batch, num_tokens, generator=generator), ratio)
+
+
+def hide_highest(scores: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Hides exactly `int(ratio * N)` tokens of each sample, those with the highest scores (B, N).
+
+    Every hiding rule is a score; the exact count is what lets samples with different hidden tokens share a batch.
+
+    Returns:
+        `idx_keep` and `idx_hidden`, as `random_hiding`, on the device of the scores.
+
+    Raises:
+        ValueError: When nothing or everything would be hidden.
+    """
+    num_tokens = scores.shape[1]
     hidden = int(ratio * num_tokens)
     if not 0 < hidden < num_tokens:
         raise ValueError(f"ratio {ratio} hides {hidden} of {num_tokens} tokens; at least one must stay and one must go")
-    order = torch.rand(batch, num_tokens, generator=generator).argsort(dim=1)
-    return order[:, hidden:].sort(dim=1).values, order[:, :hidden].sort(dim=1).values
+    order = scores.argsort(dim=1)
+    kept = num_tokens - hidden
+    return order[:, :kept].sort(dim=1).values, order[:, kept:].sort(dim=1).values
 
 
 def hidden_voxels(idx_hidden: Tensor, patch_size: Size, grid_size: Size) -> Tensor:

@@ -216,14 +216,9 @@ class VisionTransformer3D(nn.Module):
         prefix = [t.expand(tokens.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         return torch.cat([*prefix, tokens], dim=1) if prefix else tokens  # (B, P + K, C)
 
-    def _embed(self, x: Tensor, idx_keep: Tensor | None = None) -> Tensor:
+    def _embed(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        if idx_keep is None:
-            tokens = self.patch_embed(patchify(x, self.patch_size)) + self.pos_embed  # (B, N, C)
-        else:
-            position = gather_tokens(self.pos_embed.expand(x.shape[0], -1, -1), idx_keep)  # (B, K, C)
-            tokens = self.patch_embed(gather_patches(x, idx_keep, self.patch_size)) + position
-        return self._add_prefix(tokens)
+        return self._add_prefix(self.patch_embed(patchify(x, self.patch_size)) + self.pos_embed)
 
     def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -249,7 +244,26 @@ class VisionTransformer3D(nn.Module):
         Returns:
             Normed tokens (B, P + K, C), in the order of `idx_keep`.
         """
-        return self._encode(self._embed(x, idx_keep))
+        self._check_input(x)
+        position = gather_tokens(self.pos_embed.expand(x.shape[0], -1, -1), idx_keep)  # (B, K, C)
+        tokens = self.patch_embed(gather_patches(x, idx_keep, self.patch_size)) + position
+        return self._encode(self._add_prefix(tokens))
+
+    def forward_replaced(self, x: Tensor, hidden: Tensor, token: Tensor) -> Tensor:
+        """Encodes all positions with some patches replaced by a token, as SimMIM does; those are never used.
+
+        Args:
+            x: Volumes (B, in_chans, D, H, W).
+            hidden: Boolean (B, Dg, Hg, Wg), True where the patch is replaced.
+            token: (1, 1, C), gets the position it replaces added.
+
+        Returns:
+            Normed tokens (B, P + N, C).
+        """
+        self._check_input(x)
+        tokens = self.patch_embed(patchify(x, self.patch_size))  # (B, N, C)
+        tokens = torch.where(hidden.flatten(1)[..., None], token.to(tokens.dtype), tokens) + self.pos_embed
+        return self._encode(self._add_prefix(tokens))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools tokens (B, P + N, C) to (B, C) and, unless `pre_logits`, classifies them to (B, num_classes)."""

@@ -115,7 +115,7 @@ def test_crops_are_a_function_of_seed_and_index(store, recipe):
     assert torch.equal(first[7]["x"], again[7]["x"])
     assert not torch.equal(first[7]["x"], first[8]["x"])
     assert not torch.equal(first[7]["x"], dataset(store, recipe, seed=1)[7]["x"])
-    assert first[0]["x"].shape == (1, *SIZE)
+    assert first[0]["x"].shape == (1, 1, *SIZE)
     assert first[0]["x"].dtype == torch.float32
 
 
@@ -135,7 +135,7 @@ def test_volumes_are_drawn_by_their_foreground(store, recipe):
 def test_a_crop_is_a_part_of_its_volume(store, recipe):
     crops = dataset(store, recipe)
     for index in range(12):
-        x, position = crops[index]["x"][0].numpy(), int(crops[index]["volume"])
+        x, position = crops[index]["x"][0, 0].numpy(), int(crops[index]["volume"])
         entry = store.entries[position]
         volume = entry.intensity.apply(store.array(position)[...].astype(np.float32))[0]
         outside = entry.intensity.apply(np.float32(entry.minimum))
@@ -152,6 +152,6 @@ def test_mirrored_crops_are_mirrored_along_that_axis_alone(store, recipe):
     outcomes = []
     for index in range(16):
         a, b = plain[index]["x"], mirrored[index]["x"]
-        assert torch.equal(a, b) or torch.equal(a.flip(2), b)
+        assert torch.equal(a, b) or torch.equal(a.flip(3), b)
         outcomes.append(torch.equal(a, b))
     assert 2 < sum(outcomes) < 14

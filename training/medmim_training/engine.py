@@ -75,11 +75,10 @@ def pretrain(
         start, clock = checkpoint["step"], Clock(checkpoint["spent"])
         method.load_state_dict(checkpoint["method"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    size = method.encoder.img_size
     trained, optimizer = accelerator.prepare(method, optimizer)
     trained.train()
 
-    batches = _batches(recipe, store, size, start, accelerator)
+    batches = _batches(recipe, store, method, start, accelerator)
     metrics = MetricsLog(folder / METRICS_FILE, start)
     meter = _Meter(recipe, start, clock)
     for done in range(start + 1, recipe.schedule.steps + 1):
@@ -140,15 +139,16 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> CosineLRSched
 
 
 def _batches(
-    recipe: Recipe, store: Store, size: tuple[int, int, int], start: int, accelerator: Accelerator
+    recipe: Recipe, store: Store, method: nn.Module, start: int, accelerator: Accelerator
 ) -> Iterator[dict[str, Tensor]]:
     """Batches from step `start` on, this rank's share of each."""
     dataset = CropDataset(
         store,
         recipe.volume,
-        size=size,
+        size=method.encoder.img_size,
         length=recipe.schedule.steps * recipe.batch_size,
         seed=recipe.seed,
+        views=method.views,
         crops_per_volume=recipe.data.crops_per_volume,
         mirror_axes=recipe.data.mirror_axes,
     )

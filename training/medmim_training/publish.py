@@ -59,12 +59,14 @@ def package(
     recipe = load_recipe(str(run / RECIPE_FILE))
     method = build_method(recipe)
     method.load_state_dict(load_latest(run / CHECKPOINTS)["method"])
-    encoder, decoder = (part.to(torch.bfloat16).eval() for part in (method.encoder, method.decoder))
+    encoder, decoder = method.encoder.eval(), method.decoder.eval()
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Golden outputs are those of the published numbers, computed in float32 as `create_model` would.
+    # Golden outputs are those of the published numbers, computed in float32 as a model from `create_model` does.
+    for parameter in method.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()
     with atomic_write(folder / GOLDEN_FILE) as path:
-        save_file(golden_outputs(encoder.float(), decoder.float()), path)
+        save_file(golden_outputs(encoder, decoder), path)
     _write_data_list(folder / DATA_FILE, store)
     spec = save_pretrained(
         encoder.to(torch.bfloat16),

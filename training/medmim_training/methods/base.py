@@ -1,13 +1,24 @@
-"""What every method gives the engine."""
+"""What every method gives the engine, and the few lines that methods share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
+from medmim.layers.tokens import (
+    Size,
+    hidden_voxels,
+    patchify,
+    scatter_tokens,
+    to_grid_size,
+    unpatchify,
+)
 from medmim.reconstruction import Reconstruction
+
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True)
@@ -23,3 +34,30 @@ class MethodOutput:
     loss: Tensor
     logs: Mapping[str, Tensor] = field(default_factory=dict)
     picture: Callable[[], Reconstruction] | None = None
+
+
+def named_choice(what: str, name: str, known: Mapping[str, Choice]) -> Choice:
+    """`known[name]`.
+
+    Raises:
+        ValueError: For another name, with those there are.
+    """
+    if name not in known:
+        raise ValueError(f"{what} is {name!r}; it must be one of {', '.join(known)}")
+    return known[name]
+
+
+def paste(x: Tensor, predicted: Tensor, idx_hidden: Tensor, unit: Size) -> Reconstruction:
+    """The first sample with its hidden units replaced by what was predicted for them.
+
+    Args:
+        x: Volumes (B, C, D, H, W).
+        predicted: Voxels of the hidden units, (B, M, V).
+        idx_hidden: Which units they are, (B, M).
+        unit: Voxels of a unit along (D, H, W).
+    """
+    first, idx = x[:1].detach(), idx_hidden[:1]
+    grid_size = to_grid_size(first.shape[2:], unit)
+    patches = scatter_tokens(patchify(first, unit), idx, predicted[:1].detach().to(first))
+    hidden = hidden_voxels(idx, unit, grid_size)
+    return Reconstruction(original=first[0], hidden=hidden[0, 0], prediction=unpatchify(patches, unit, grid_size)[0])

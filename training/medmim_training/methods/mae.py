@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medmim.heads.mae import MAEDecoder
-from medmim.layers.tokens import gather_patches, hidden_voxels, patchify, random_hiding, scatter_tokens, unpatchify
+from medmim.layers.tokens import gather_patches
 from medmim.reconstruction import Reconstruction
-from medmim_training.methods.base import MethodOutput
+from medmim_training.methods.base import MethodOutput, named_choice, paste
+from medmim_training.methods.hiding import Hiding
+from medmim_training.methods.losses import LOSSES
 from medmim_training.methods.targets import TARGETS
-
-LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss}
+from medmim_training.store.views import OneCrop
 
 
 class MAE(nn.Module):
@@ -29,31 +29,32 @@ class MAE(nn.Module):
     Args:
         encoder: A token encoder with `forward_visible`.
         ratio: Share of the tokens to hide, exactly `int(ratio * N)` of each sample.
+        hiding: Other arguments of `Hiding`, such as {"rule": "block"}.
         target: "voxels" (raw, as Chen et al.) or "normalised" per patch (as He et al.).
         loss: "l1" (as Chen et al.) or "mse" (as He et al.), mean over the voxels of hidden patches.
         decoder: Arguments of `MAEDecoder`: embed_dim, depth, num_heads.
 
     Raises:
-        ValueError: For an unknown target or loss.
+        ValueError: For an unknown choice.
     """
+
+    views = OneCrop()
 
     def __init__(
         self,
         encoder: nn.Module,
         *,
         ratio: float = 0.75,
+        hiding: Mapping[str, Any] | None = None,
         target: Literal["voxels", "normalised"] = "voxels",
         loss: Literal["l1", "mse"] = "l1",
         decoder: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        for what, value, known in (("target", target, TARGETS), ("loss", loss, LOSSES)):
-            if value not in known:
-                raise ValueError(f"{what} is {value!r}; it must be one of {', '.join(known)}")
         self.encoder = encoder
-        self.ratio = ratio
-        self.target = TARGETS[target]
-        self.loss = LOSSES[loss]
+        self.hiding = Hiding(ratio=ratio, **(hiding or {}))
+        self.target = named_choice("target", target, TARGETS)
+        self.loss = named_choice("loss", loss, LOSSES)
         self.decoder_args = {
             "patch_size": list(encoder.patch_size),
             "in_chans": encoder.in_chans,
@@ -70,25 +71,17 @@ class MAE(nn.Module):
         """The loss of one batch.
 
         Args:
-            batch: "x": volumes (B, in_chans, D, H, W) in network units.
+            batch: "x": volumes (B, V, in_chans, D, H, W) in network units.
             generator: CPU generator that decides what is hidden.
         """
-        x = batch["x"]
-        patch_size, grid_size = self.encoder.patch_size, self.encoder.grid_size
-        num_tokens = self.decoder.pos_embed.shape[1]
-        idx_keep, idx_hidden = random_hiding(len(x), num_tokens, self.ratio, generator=generator)
-        idx_keep, idx_hidden = idx_keep.to(x.device), idx_hidden.to(x.device)
-
+        x = batch["x"].flatten(0, 1)  # (B, C, D, H, W)
+        patch_size = self.encoder.patch_size
+        idx_keep, idx_hidden = self.hiding(x, patch_size, generator=generator)
         tokens = self.encoder.forward_visible(x, idx_keep)  # (B, P + K, C)
         predicted = self.decoder(tokens, idx_keep, idx_hidden).float()  # (B, M, V)
         loss = self.loss(predicted, self.target(gather_patches(x, idx_hidden, patch_size)))
 
         def picture() -> Reconstruction:
-            first, idx = x[:1].detach(), idx_hidden[:1]
-            volume = unpatchify(
-                scatter_tokens(patchify(first, patch_size), idx, predicted[:1].detach()), patch_size, grid_size
-            )
-            hidden = hidden_voxels(idx, patch_size, grid_size)
-            return Reconstruction(original=first[0], hidden=hidden[0, 0], prediction=volume[0])
+            return paste(x, predicted, idx_hidden, patch_size)
 
         return MethodOutput(loss, picture=picture)

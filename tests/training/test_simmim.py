@@ -1,0 +1,73 @@
+"""SimMIM on a non-cubic volume with anisotropic patches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from medmim.layers.tokens import hidden_voxels
+from medmim.models.vit import VisionTransformer3D
+from medmim_training.methods.simmim import SimMIM
+
+SIZE, PATCH = (32, 48, 64), (8, 16, 32)
+
+
+def build(**args) -> SimMIM:
+    torch.manual_seed(0)
+    return SimMIM(VisionTransformer3D(SIZE, PATCH, embed_dim=48, depth=2, num_heads=4, class_token=True), **args)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.rand(2, 1, 1, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def hidden_of_step(method: SimMIM, x: torch.Tensor) -> torch.Tensor:
+    _, idx_hidden = method.hiding(x[:, 0], method.unit, generator=seeded())
+    return hidden_voxels(idx_hidden, method.unit, method.unit_grid)
+
+
+UNITS = pytest.mark.parametrize("unit", [None, (16, 16, 64)], ids=["patch", "larger"])
+
+
+@UNITS
+def test_the_encoder_never_sees_a_hidden_voxel(x, unit):
+    method = build(unit=unit)
+    x = x[:, 0].requires_grad_()
+    _, idx_hidden = method.hiding(x, method.unit, generator=seeded())
+    features = method.encoder.forward_replaced(x, method._hidden_patches(idx_hidden), method.hidden_token)
+    features.square().sum().backward()
+    assert torch.equal(x.grad != 0, ~hidden_voxels(idx_hidden, method.unit, method.unit_grid))
+
+
+@UNITS
+def test_the_loss_sees_exactly_the_hidden_voxels(x, unit):
+    method = build(unit=unit)
+    method.to_voxels.weight.data.zero_()
+    method({"x": x.requires_grad_()}, seeded()).loss.backward()
+    assert torch.equal(x.grad[:, 0] != 0, hidden_of_step(method, x))
+
+
+def test_each_token_predicts_the_voxels_of_its_own_patch(x):
+    """With a bias that depends on the place alone, the prediction of every hidden patch is that bias."""
+    method = build()
+    method.to_voxels.weight.data.zero_()
+    method.to_voxels.bias.data.copy_(torch.arange(8 * 16 * 32).float())
+    picture = method({"x": x}, seeded()).picture()
+    pattern = torch.arange(8 * 16 * 32).float().view(PATCH).repeat(4, 3, 2)
+    assert torch.equal(picture.prediction[0][picture.hidden], pattern[picture.hidden])
+
+
+def test_every_parameter_learns(x):
+    method = build()
+    method({"x": x}, seeded()).loss.backward()
+    assert [name for name, p in method.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_unit_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="not a multiple"):
+        build(unit=(12, 16, 32))

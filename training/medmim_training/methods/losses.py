@@ -1,0 +1,42 @@
+"""Losses between predictions and targets of equal shape."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss}
+
+
+def nt_xent(first: Tensor, second: Tensor, *, temperature: float) -> Tensor:
+    """Normalised temperature-scaled cross entropy (Chen et al. 2020, SimCLR, equation 1).
+
+    Each view must find its partner among all other views of the batch, of all ranks when there are several.
+
+    Args:
+        first: One view of each sample, (B, C).
+        second: The other view, (B, C).
+        temperature: Above 0.
+
+    Returns:
+        Scalar; the mean over both directions. With several ranks it is this rank's share, so that the mean over ranks
+        is the loss of the joined batch.
+    """
+    own = F.normalize(torch.cat([first, second]).float(), dim=1)  # (2B, C)
+    rank, every = _gather(own)  # (R * 2B, C)
+    similarity = own @ every.T / temperature  # (2B, R * 2B)
+    batch, offset = len(first), rank * len(own)
+    index = torch.arange(len(own), device=own.device)
+    similarity = similarity.scatter(1, (index + offset)[:, None], float("-inf"))  # nobody is its own partner
+    return F.cross_entropy(similarity, (index + batch) % len(own) + offset)
+
+
+def _gather(own: Tensor) -> tuple[int, Tensor]:
+    """This process's rank, and the rows of all ranks with gradients flowing back to each."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return 0, own
+    from torch.distributed.nn.functional import all_gather
+
+    return dist.get_rank(), torch.cat(all_gather(own))
