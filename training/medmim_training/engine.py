@@ -1,7 +1,8 @@
 """The training loop: it knows crops, a method and a schedule, and no method by name.
 
-Everything random in step s is seeded by (seed, s), and crop i is a function of (seed, i); so a run resumed from a
-checkpoint gives bit for bit the weights of one that was never stopped, with no random state to save.
+Everything random about sample i, its crop and what is hidden of it, is seeded by (seed, i); so a run resumed from a
+checkpoint gives bit for bit the weights of one that was never stopped, with no random state to save, and a batch split
+over ranks is the batch of one process.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from medmim_training.store.index import Store
 
 RECIPE_FILE, METRICS_FILE, RECORD_FILE = "recipe.yaml", "metrics.jsonl", "record.json"
 CHECKPOINTS, PICTURES = "checkpoints", "pictures"
+
+PRIME = 15_485_863  # keeps the samples of different seeds apart
 
 
 class NonFiniteLossError(MedmimError):
@@ -85,7 +88,7 @@ def pretrain(
         with meter.waiting:
             batch = next(batches)
         schedule.step_update(done)  # from 1, so that the first step already has a rate above zero
-        output = _forward(trained, batch, recipe.seed, done)
+        output = _forward(trained, batch, recipe.seed)
         loss = output.loss.item()
         if not math.isfinite(loss):
             scans = sorted({store.entries[i].source for i in batch["volume"].tolist()})
@@ -165,10 +168,11 @@ def _batches(
         yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def _forward(trained: nn.Module, batch: dict[str, Tensor], seed: int, step: int) -> MethodOutput:
-    step_seed = seed * 1_000_003 + step
-    torch.manual_seed(step_seed)  # for dropped paths, which take torch's own generator
-    return trained(batch, torch.Generator().manual_seed(step_seed))
+def _forward(trained: nn.Module, batch: dict[str, Tensor], seed: int) -> MethodOutput:
+    """One pass; what is random about a sample depends on the seed and its index alone."""
+    sample_seeds = [seed * PRIME + index for index in batch["index"].tolist()]
+    torch.manual_seed(sample_seeds[0])  # for dropped paths, which take torch's own generator
+    return trained(batch, [torch.Generator().manual_seed(each) for each in sample_seeds])
 
 
 class _Stopwatch:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medmim.layers.tokens import Size, hide_highest, to_grid_size
+from medmim_training.methods.draws import Generators, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +48,13 @@ class Hiding:
         if self.axis not in (0, 1, 2):
             raise ValueError(f"axis {self.axis} must be 0, 1 or 2")
 
-    def __call__(self, x: Tensor, unit: Size, *, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, unit: Size, *, generator: Generators) -> tuple[Tensor, Tensor]:
         """Chooses what to hide of each sample.
 
         Args:
             x: Volumes (B, C, D, H, W); only "foreground" looks at the voxels.
             unit: Voxels along (D, H, W) that are hidden together; each side divides the volume's.
-            generator: CPU generator.
+            generator: On the CPU, one for the batch or one a sample.
 
         Returns:
             `idx_keep` (B, N - K) and `idx_hidden` (B, K), ascending, on the device of `x`.
@@ -62,14 +63,14 @@ class Hiding:
         return idx_keep.to(x.device), idx_hidden.to(x.device)
 
 
-Rule = Callable[[Hiding, Tensor, Size, torch.Generator | None], Tensor]  # (rule, x, unit, generator) -> scores (B, N)
+Rule = Callable[[Hiding, Tensor, Size, Generators], Tensor]  # (rule, x, unit, generator) -> scores (B, N)
 
 
-def _uniform(hiding: Hiding, x: Tensor, unit: Size, generator: torch.Generator | None) -> Tensor:
-    return torch.rand(len(x), math.prod(_grid_of(x, unit)), generator=generator)
+def _uniform(hiding: Hiding, x: Tensor, unit: Size, generator: Generators) -> Tensor:
+    return uniform(len(x), math.prod(_grid_of(x, unit)), generator=generator)
 
 
-def _block(hiding: Hiding, x: Tensor, unit: Size, generator: torch.Generator | None) -> Tensor:
+def _block(hiding: Hiding, x: Tensor, unit: Size, generator: Generators) -> Tensor:
     grid_size = _grid_of(x, unit)
     coarse = [math.ceil(side / size) for side, size in zip(grid_size, hiding.block, strict=True)]
     number = torch.arange(math.prod(coarse)).view(coarse)
@@ -78,32 +79,32 @@ def _block(hiding: Hiding, x: Tensor, unit: Size, generator: torch.Generator | N
     return _by_group(number, len(x), generator)
 
 
-def _tube(hiding: Hiding, x: Tensor, unit: Size, generator: torch.Generator | None) -> Tensor:
+def _tube(hiding: Hiding, x: Tensor, unit: Size, generator: Generators) -> Tensor:
     grid_size = _grid_of(x, unit)
     cross_section = [1 if axis == hiding.axis else side for axis, side in enumerate(grid_size)]
     number = torch.arange(math.prod(cross_section)).view(cross_section).expand(grid_size)
     return _by_group(number, len(x), generator)
 
 
-def _grid(hiding: Hiding, x: Tensor, unit: Size, generator: torch.Generator | None) -> Tensor:
+def _grid(hiding: Hiding, x: Tensor, unit: Size, generator: Generators) -> Tensor:
     # Visible tokens lie on every step-th plane of each axis; the count is then made exact at random.
     grid_size = _grid_of(x, unit)
     step = max(2, round((1 - hiding.ratio) ** (-1 / 3)))
-    offsets = torch.randint(step, (len(x), 3), generator=generator)
+    offsets = (uniform(len(x), 3, generator=generator) * step).long()
     on_lattice = torch.ones(len(x), *grid_size, dtype=torch.bool)
     for axis, side in enumerate(grid_size):
         planes = (torch.arange(side) + offsets[:, axis, None]) % step == 0  # (B, side)
         on_lattice &= planes.view(-1, *(side if other == axis else 1 for other in range(3)))
     off_lattice = (~on_lattice).flatten(1)
-    return off_lattice + torch.rand(off_lattice.shape, generator=generator)
+    return off_lattice + uniform(*off_lattice.shape, generator=generator)
 
 
-def _foreground(hiding: Hiding, x: Tensor, unit: Size, generator: torch.Generator | None) -> Tensor:
+def _foreground(hiding: Hiding, x: Tensor, unit: Size, generator: Generators) -> Tensor:
     # Gumbel noise on log-weights draws without replacement in proportion to the weights (Vieira 2014).
     means = F.avg_pool3d(x.float().mean(dim=1, keepdim=True), unit).flatten(1).cpu()  # (B, N)
     means = means - means.amin(dim=1, keepdim=True)
     weights = means / means.amax(dim=1, keepdim=True).clamp(min=1e-6) + 0.1  # air is hidden too, but seldom
-    noise = torch.rand(weights.shape, generator=generator).clamp(min=1e-9)
+    noise = uniform(*weights.shape, generator=generator).clamp(min=1e-9)
     return weights.log() - (-noise.log()).log()
 
 
@@ -111,12 +112,12 @@ def _grid_of(x: Tensor, unit: Size) -> Size:
     return to_grid_size(tuple(x.shape[2:]), unit)
 
 
-def _by_group(group: Tensor, batch: int, generator: torch.Generator | None) -> Tensor:
+def _by_group(group: Tensor, batch: int, generator: Generators) -> Tensor:
     """Scores that hide whole groups in random order; `group` (Dg, Hg, Wg) numbers the group of each token from 0."""
     group = group.flatten()
-    rank = torch.rand(batch, int(group.max()) + 1, generator=generator).argsort(dim=1)
+    rank = uniform(batch, int(group.max()) + 1, generator=generator).argsort(dim=1)
     # Ranks are whole numbers apart, so the noise below 1 orders tokens inside a group only.
-    return rank[:, group] + torch.rand(batch, len(group), generator=generator)
+    return rank[:, group] + uniform(batch, len(group), generator=generator)
 
 
 RULES: dict[str, Rule] = {

@@ -34,7 +34,7 @@ def nt_xent(first: Tensor, second: Tensor, *, temperature: float) -> Tensor:
 
 
 def _gather(own: Tensor) -> tuple[int, Tensor]:
-    """This process's rank, and the rows of all ranks with gradients flowing back to each."""
+    """The rank of this process, and the rows of all ranks with gradients flowing back to each."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return 0, own
     from torch.distributed.nn.functional import all_gather

@@ -17,6 +17,7 @@ from medmim.heads.mae import MAEDecoder
 from medmim.layers.tokens import gather_patches
 from medmim.reconstruction import Reconstruction
 from medmim_training.methods.base import MethodOutput, named_choice, paste
+from medmim_training.methods.draws import Generators
 from medmim_training.methods.hiding import Hiding
 from medmim_training.methods.losses import LOSSES
 from medmim_training.methods.targets import TARGETS
@@ -67,12 +68,12 @@ class MAE(nn.Module):
         """Parameters that weight decay must leave alone."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {"decoder.hidden_token"}
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> MethodOutput:
+    def forward(self, batch: Mapping[str, Tensor], generator: Generators = None) -> MethodOutput:
         """The loss of one batch.
 
         Args:
             batch: "x": volumes (B, V, in_chans, D, H, W) in network units.
-            generator: CPU generator that decides what is hidden.
+            generator: On the CPU, one for the batch or one a sample; decides what is hidden.
         """
         x = batch["x"].flatten(0, 1)  # (B, C, D, H, W)
         patch_size = self.encoder.patch_size

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from medmim_training.methods.augment import random_appearance
 from medmim_training.methods.base import MethodOutput
+from medmim_training.methods.draws import Generators
 from medmim_training.methods.losses import nt_xent
 from medmim_training.store.views import OverlappingCrops
 
@@ -55,12 +56,12 @@ class SimCLR(nn.Module):
         """Parameters that weight decay must leave alone."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> MethodOutput:
+    def forward(self, batch: Mapping[str, Tensor], generator: Generators = None) -> MethodOutput:
         """The loss of one batch.
 
         Args:
             batch: "x": two views a sample, (B, 2, in_chans, D, H, W) in network units.
-            generator: CPU generator of the augmentations.
+            generator: On the CPU, one for the batch or one a sample; decides how the views look.
         """
         x = random_appearance(batch["x"].flatten(0, 1), generator=generator)  # (2B, C, D, H, W), views in turn
         pooled = self.encoder.forward_head(self.encoder.forward_features(x), pre_logits=True)  # (2B, C)

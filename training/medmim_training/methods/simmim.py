@@ -1,6 +1,6 @@
-"""SimMIM3D: hidden patches become a learned token, and one linear layer predicts them (Xie et al. 2022; for volumes
-Chen et al. 2023, arXiv 2204.11716).
+"""SimMIM3D: hidden patches become a learned token, and one linear layer predicts them.
 
+After Xie et al. 2022, for volumes Chen et al. 2023 (arXiv 2204.11716).
 Deviation from the released code of the second paper: the encoder's final norm is trained, and the token starts at
 N(0, 0.02) as the positions do (there at N(0, 1), fifty times their size).
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from medmim.layers.tokens import gather_patches, to_grid_size, unpatchify
 from medmim.reconstruction import Reconstruction
 from medmim_training.methods.base import MethodOutput, named_choice, paste
+from medmim_training.methods.draws import Generators
 from medmim_training.methods.hiding import Hiding
 from medmim_training.methods.losses import LOSSES
 from medmim_training.methods.targets import TARGETS
@@ -72,12 +73,12 @@ class SimMIM(nn.Module):
         """Parameters that weight decay must leave alone."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {"hidden_token"}
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> MethodOutput:
+    def forward(self, batch: Mapping[str, Tensor], generator: Generators = None) -> MethodOutput:
         """The loss of one batch.
 
         Args:
             batch: "x": volumes (B, V, in_chans, D, H, W) in network units.
-            generator: CPU generator that decides what is hidden.
+            generator: On the CPU, one for the batch or one a sample; decides what is hidden.
         """
         x = batch["x"].flatten(0, 1)  # (B, C, D, H, W)
         _, idx_hidden = self.hiding(x, self.unit, generator=generator)

@@ -68,6 +68,7 @@ class CropDataset(Dataset):
         Returns:
             "x": (V, C, *size) float32 in network units, one crop a view. "boxes": (V, 6) float32, start and end of each
             view along (D, H, W) as a share of the volume's sides. "volume": its number in the store.
+            "index": of the sample.
         """
         position = self.volume_of(index)
         entry, mapping = self.store.entries[position], self.store.intensity(position, self.volume)
@@ -79,6 +80,7 @@ class CropDataset(Dataset):
             "x": torch.from_numpy(mapping.apply(crops)),
             "boxes": torch.from_numpy(boxes.astype(np.float32)),
             "volume": torch.tensor(position),
+            "index": torch.tensor(index),
         }
 
     def volume_of(self, index: int) -> int:
