@@ -7,6 +7,8 @@ The command line prints them without a traceback; everything else that escapes i
 class MedmimError(Exception):
     """Base of every error that medmim raises on purpose."""
 
+    exit_code = 1  # of a command that it ends
+
 
 class UnknownModelError(MedmimError, LookupError):
     """A model, tag or keyword that does not exist; the message names the nearest ones."""

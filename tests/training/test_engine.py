@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,9 @@ import torch
 from medmim.errors import SpecError, WeightsError
 from medmim.spec import TrainingRecord
 from medmim_training import engine
+from medmim_training.checkpoint import CheckpointError
 from medmim_training.engine import NonFiniteLossError, build_method, pretrain
+from medmim_training.preemption import Preempted
 from medmim_training.recipe import Recipe
 
 GOLDEN = Path(__file__).parent / "golden_loss.json"
@@ -68,7 +73,11 @@ def test_what_a_finished_run_leaves(finished, recipe, store):
     record = TrainingRecord.parse(json.loads((folder / "record.json").read_text()), source="record.json")
     assert (record.steps, record.crops, record.volumes) == (20, 80, 3)
     assert record.cpu_hours >= 0
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000015.pt", "step-00000020.pt"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "best.pt",
+        "step-00000015.pt",
+        "step-00000020.pt",
+    ]
     assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["step-00000010.png", "step-00000020.png"]
     assert pretrain(recipe, store, folder).encoder is not None  # nothing left to do, and nothing done again
     assert len(losses(folder)) == 20
@@ -82,7 +91,7 @@ def test_another_recipe_in_the_same_folder_is_refused(finished, recipe, store):
 def test_a_damaged_checkpoint_is_named(recipe, store, tmp_path):
     with pytest.raises(Interrupted):
         pretrain(recipe, store, tmp_path, watch=stop_at(6))
-    (path,) = (tmp_path / "checkpoints").iterdir()
+    path = tmp_path / "checkpoints" / "step-00000005.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(WeightsError, match=r"step-00000005\.pt: damaged"):
         pretrain(recipe, store, tmp_path)
@@ -110,3 +119,75 @@ def test_rates_warm_up_and_then_fall_as_a_cosine(finished):
     assert rates[3] == max(rates)
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[-1] < 2e-5
+
+
+def test_a_batch_computed_in_parts_is_the_whole_batch(recipe, store, tmp_path):
+    plain = {**recipe.model.model_dump(), "args": {**recipe.model.args, "drop_path_rate": 0.0}}
+    whole = pretrain(changed(recipe, model=plain), store, tmp_path / "whole").state_dict()
+    parts = pretrain(changed(recipe, model=plain, accumulate=4), store, tmp_path / "parts").state_dict()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "parts")), torch.tensor(losses(tmp_path / "whole")), rtol=1e-4, atol=0
+    )
+
+
+def test_a_batch_that_does_not_divide_is_refused(recipe, store, tmp_path):
+    with pytest.raises(SpecError, match="does not divide into 3 parts"):
+        pretrain(changed(recipe, accumulate=3), store, tmp_path)
+
+
+def test_the_average_follows_the_weights_and_survives_a_kill(recipe, store, tmp_path):
+    averaged = changed(recipe, ema=0.8)
+    whole = pretrain(averaged, store, tmp_path / "whole")
+    last = torch.load(tmp_path / "whole/checkpoints/step-00000020.pt", weights_only=True)
+    name = "encoder.blocks.0.mlp.fc1.weight"
+    assert torch.equal(whole.state_dict()[name], last["average"][name])
+    assert 0 < (last["average"][name] - last["method"][name]).abs().max() < 0.05
+    with pytest.raises(Interrupted):
+        pretrain(averaged, store, tmp_path / "killed", watch=stop_at(12))
+    resumed = pretrain(averaged, store, tmp_path / "killed").state_dict()
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.state_dict().items())
+
+
+def test_curves_for_tensorboard(recipe, store, tmp_path):
+    output = {**recipe.output.model_dump(), "trackers": ["tensorboard"]}
+    pretrain(changed(recipe, output=output, schedule={"steps": 2}), store, tmp_path)
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_an_optimizer_that_does_not_exist_is_named(recipe, store, tmp_path):
+    optimizer = {**recipe.optimizer.model_dump(), "name": "adamx"}
+    with pytest.raises(SpecError, match="adamx"):
+        pretrain(changed(recipe, optimizer=optimizer), store, tmp_path)
+
+
+def test_sigterm_saves_and_the_run_goes_on(finished, recipe, store, tmp_path):
+    def terminate(report):
+        if report.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="saved at step 8"):
+        pretrain(recipe, store, tmp_path, watch=terminate)
+    assert (tmp_path / "checkpoints" / "step-00000008.pt").is_file()
+    resumed = pretrain(recipe, store, tmp_path).state_dict()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in finished[0].state_dict().items())
+
+
+def test_a_full_disk_loses_nothing(finished, recipe, store, tmp_path, monkeypatch):
+    """The second checkpoint fails as it does on a full disk: half of it is written, then the disk refuses."""
+    save, calls = torch.save, []
+
+    def fails_once(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half of a checkpoint")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", fails_once)
+    with pytest.raises(CheckpointError, match=r"step-00000010\.pt: could not be written .*No space left"):
+        pretrain(recipe, store, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.pt", "step-00000005.pt"]
+    resumed = pretrain(recipe, store, tmp_path).state_dict()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in finished[0].state_dict().items())

@@ -1,25 +1,51 @@
-"""Checkpoints of a run: written atomically, the last few kept, read without unpickling code."""
+"""Checkpoints of a run: written atomically, the newest few and the best kept, read without unpickling code."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medmim.errors import WeightsError
+from medmim.errors import MedmimError, WeightsError
 from medmim.files import atomic_write
 
-KEEP = 2
-NAME = re.compile(r"^step-(\d{8})\.pt$")
+NAME, BEST = re.compile(r"^step-(\d{8})\.pt$"), "best.pt"
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Writes the checkpoint of `step` and then drops all but the newest `KEEP`."""
-    with atomic_write(folder / f"step-{step:08d}.pt") as path:
-        torch.save(state, path)
-    for old in _checkpoints(folder)[:-KEEP]:
+class CheckpointError(MedmimError):
+    """A checkpoint could not be written; the one before it is untouched."""
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int, best: bool) -> None:
+    """Writes the checkpoint of `step`, then drops all but the newest ones.
+
+    Args:
+        folder: Of the run's checkpoints.
+        step: Steps done.
+        state: Tensors and plain data.
+        keep: How many of the newest stay.
+        best: Whether this is the best so far, to be kept as `best.pt` whatever comes later.
+
+    Raises:
+        CheckpointError: When the disk is full or the folder cannot be written to.
+    """
+    path = folder / f"step-{step:08d}.pt"
+    try:
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
+        if best:
+            _link(path, folder / BEST)
+    # torch's archive writer turns a failed write into a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: could not be written ({reason}); make room and start the same command again, "
+            "it goes on from the checkpoint before"
+        ) from error
+    for old in _checkpoints(folder)[:-keep]:
         old.unlink()
 
 
@@ -36,10 +62,16 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
         return torch.load(found[-1], map_location="cpu", weights_only=True)
     except Exception as error:
         # torch raises whatever the damaged archive makes it trip over; there is no common base class.
-        raise WeightsError(
-            f"{found[-1]}: damaged ({type(error).__name__}); delete it to go on from the one before"
-        ) from error
+        fault = type(error).__name__
+        raise WeightsError(f"{found[-1]}: damaged ({fault}); delete it to go on from the one before") from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*.pt") if NAME.match(path.name))
+
+
+def _link(path: Path, target: Path) -> None:
+    """Gives the same bytes a second name, so that the best checkpoint costs no room while it is also a new one."""
+    with atomic_write(target) as temporary:
+        temporary.unlink()
+        os.link(path, temporary)

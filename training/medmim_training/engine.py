@@ -2,7 +2,7 @@
 
 Everything random about sample i, its crop and what is hidden of it, is seeded by (seed, i); so a run resumed from a
 checkpoint gives bit for bit the weights of one that was never stopped, with no random state to save, and a batch split
-over ranks is the batch of one process.
+over ranks or accumulated in parts is the batch of one process.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -25,13 +28,14 @@ from medmim.files import atomic_write
 from medmim.pictures import reconstruction_picture
 from medmim_training.checkpoint import load_latest, save_checkpoint
 from medmim_training.methods import MethodOutput, create_method
+from medmim_training.preemption import Preempted, stop_requests
 from medmim_training.recipe import Recipe
 from medmim_training.record import Clock, MetricsLog, Report, write_record
 from medmim_training.store.crops import CropDataset
 from medmim_training.store.index import Store
 
 RECIPE_FILE, METRICS_FILE, RECORD_FILE = "recipe.yaml", "metrics.jsonl", "record.json"
-CHECKPOINTS, PICTURES = "checkpoints", "pictures"
+CHECKPOINTS, PICTURES, TRACKER = "checkpoints", "pictures", "curves"
 
 PRIME = 15_485_863  # keeps the samples of different seeds apart
 
@@ -51,66 +55,190 @@ def pretrain(
 ) -> nn.Module:
     """Trains, or goes on training, and writes everything to `folder`.
 
+    Under `accelerate launch` or `torchrun` every process calls this; the first one writes.
+
     Args:
         recipe: What to train.
         store: Crops come from here.
         folder: `recipe.yaml`, `metrics.jsonl`, `checkpoints/`, `pictures/` and, at the end, `record.json`. When it
             holds a checkpoint of the same recipe, training resumes there.
-        watch: Called every `output.log_every` steps.
+        watch: Called by the first process every `output.log_every` steps.
 
     Returns:
-        The trained method.
+        The trained method; with `ema`, its average.
 
     Raises:
-        SpecError: When the folder holds another recipe's run, or the store does not fit.
+        SpecError: When the folder holds another recipe's run, or the store or the batch does not fit.
         NonFiniteLossError: When the loss is no number any more.
+        CheckpointError: When the disk is full.
+        Preempted: After SIGTERM; the run has saved itself.
     """
-    folder = Path(folder)
-    store.check(recipe.volume)
-    _claim(folder, recipe)
-    accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
-    method = build_method(recipe)
-    optimizer = _optimizer(method, recipe)
-    schedule = _schedule(optimizer, recipe)
+    return _Run(recipe, store, Path(folder)).train(watch)
 
-    start, clock = 0, Clock()
-    if (checkpoint := load_latest(folder / CHECKPOINTS)) is not None:
-        start, clock = checkpoint["step"], Clock(checkpoint["spent"])
-        method.load_state_dict(checkpoint["method"])
+
+@dataclass(frozen=True)
+class _Step:
+    """What an optimizer step gave: the last part's output, and the mean loss over parts and processes."""
+
+    output: MethodOutput
+    loss: float
+    grad_norm: float
+
+
+class _Run:
+    """One run: what it is made of, and the loop over it."""
+
+    def __init__(self, recipe: Recipe, store: Store, folder: Path) -> None:
+        self.recipe, self.store, self.folder = recipe, store, folder
+        store.check(recipe.volume)
+        self.accelerator = Accelerator(
+            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+            log_with=list(recipe.output.trackers) or None,
+            project_dir=folder,
+            cpu=not torch.cuda.is_available(),  # without it, accelerate takes processes on CPUs for unrelated ones
+        )
+        self.part_size = self._part_size()
+        self.writes = self.accelerator.is_main_process
+        if self.writes:
+            _claim(folder, recipe)
+        self.accelerator.init_trackers(TRACKER)
+
+        self.method = build_method(recipe)
+        self.average = ModelEmaV3(self.method, decay=recipe.ema) if recipe.ema else None
+        optimizer = _optimizer(self.method, recipe)
+        self.schedule = _schedule(optimizer, recipe)
+        self.start, self.best, self.clock = 0, math.inf, Clock()
+        self._resume(optimizer)
+        if recipe.compile:
+            for block in self.method.encoder.blocks:
+                block.compile()
+        self.trained, self.optimizer = self.accelerator.prepare(self.method, optimizer)
+        self.metrics = MetricsLog(folder / METRICS_FILE, self.start) if self.writes else None
+        self.meter = _Meter(recipe, self.start, self.clock)
+
+    def _part_size(self) -> int:
+        """Samples that this process computes at once."""
+        parts = self.recipe.accumulate * self.accelerator.num_processes
+        size, rest = divmod(self.recipe.batch_size, parts)
+        if rest:
+            raise SpecError(
+                f"batch_size {self.recipe.batch_size} does not divide into {parts} parts "
+                f"({self.accelerator.num_processes} process(es), accumulate {self.recipe.accumulate})"
+            )
+        return size
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> None:
+        checkpoint = load_latest(self.folder / CHECKPOINTS)
+        if checkpoint is None:
+            return
+        self.start, self.best, self.clock = checkpoint["step"], checkpoint["best"], Clock(checkpoint["spent"])
+        self.method.load_state_dict(checkpoint["method"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    trained, optimizer = accelerator.prepare(method, optimizer)
-    trained.train()
+        if self.average is not None:
+            self.average.module.load_state_dict(checkpoint["average"])
 
-    batches = _batches(recipe, store, method, start, accelerator)
-    metrics = MetricsLog(folder / METRICS_FILE, start)
-    meter = _Meter(recipe, start, clock)
-    for done in range(start + 1, recipe.schedule.steps + 1):
-        with meter.waiting:
-            batch = next(batches)
-        schedule.step_update(done)  # from 1, so that the first step already has a rate above zero
-        output = _forward(trained, batch, recipe.seed)
-        loss = output.loss.item()
-        if not math.isfinite(loss):
-            scans = sorted({store.entries[i].source for i in batch["volume"].tolist()})
-            raise NonFiniteLossError(f"step {done}: the loss is {loss}; look at {', '.join(scans)}, or lower the rate")
-        accelerator.backward(output.loss)
-        grad_norm = accelerator.clip_grad_norm_(trained.parameters(), recipe.optimizer.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def train(self, watch: Callable[[Report], None]) -> nn.Module:
+        every, steps = self.recipe.output, self.recipe.schedule.steps
+        self.trained.train()
+        parts = self._parts()
+        with stop_requests() as stop:
+            for done in range(self.start + 1, steps + 1):
+                step = self._step(parts, done)
+                finished, stopped = done == steps, stop.is_set()
+                if self.writes and (finished or stopped or done % every.log_every == 0):
+                    watch(self._report(step, done))
+                if self.writes and done % every.pictures_every == 0:
+                    self._draw(step, done)
+                if self.writes and (finished or stopped or done % every.checkpoint_every == 0):
+                    self._save(done)
+                if stopped and not finished:
+                    raise Preempted(f"{self.folder}: stopped and saved at step {done}; the same command goes on")
+        if self.writes:
+            record = self.folder / RECORD_FILE
+            write_record(record, self.recipe, self.store, self.clock.read(), self.metrics.recent_loss())
+        self.accelerator.end_training()
+        return self.method if self.average is None else self.average.module
 
-        last = done == recipe.schedule.steps
-        if last or done % recipe.output.log_every == 0:
-            report = meter.report(done, loss, optimizer.param_groups[0]["lr"], float(grad_norm))
-            metrics.write(report)
-            watch(report)
-        if output.picture is not None and done % recipe.output.pictures_every == 0:
-            spacing = recipe.volume.spacing or (1.0, 1.0, 1.0)
-            reconstruction_picture(output.picture(), folder / PICTURES / f"step-{done:08d}.png", spacing=spacing)
-        if last or done % recipe.output.checkpoint_every == 0:
-            state = {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "spent": clock.read()}
-            save_checkpoint(folder / CHECKPOINTS, done, {"step": done, **state})
-    write_record(folder / RECORD_FILE, recipe, store, clock.read(), metrics.recent_loss())
-    return method
+    def _step(self, parts: Iterator[dict[str, Tensor]], done: int) -> _Step:
+        self.schedule.step_update(done)  # from 1, so that the first step already has a rate above zero
+        total = 0.0
+        for part in range(self.recipe.accumulate):
+            with self.meter.waiting:
+                batch = next(parts)
+            last = part == self.recipe.accumulate - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.trained):
+                output = self._forward(batch)
+                self.accelerator.backward(output.loss / self.recipe.accumulate)
+            loss = self.accelerator.reduce(output.loss.detach(), "mean").item()
+            if not math.isfinite(loss):
+                self._refuse(loss, batch, done)
+            total += loss
+        grad_norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), self.recipe.optimizer.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.method)
+        return _Step(output, total / self.recipe.accumulate, float(grad_norm))
+
+    def _forward(self, batch: dict[str, Tensor]) -> MethodOutput:
+        sample_seeds = [self.recipe.seed * PRIME + index for index in batch["index"].tolist()]
+        torch.manual_seed(sample_seeds[0])  # for dropped paths, which take torch's own generator
+        return self.trained(batch, [torch.Generator().manual_seed(each) for each in sample_seeds])
+
+    def _refuse(self, loss: float, batch: dict[str, Tensor], done: int) -> None:
+        scans = sorted({self.store.entries[i].source for i in batch["volume"].tolist()})
+        raise NonFiniteLossError(f"step {done}: the loss is {loss}; look at {', '.join(scans)}, or lower the rate")
+
+    def _parts(self) -> Iterator[dict[str, Tensor]]:
+        """What this process computes, part by part, from the first step on that is not done."""
+        dataset = CropDataset(
+            self.store,
+            self.recipe.volume,
+            size=self.method.encoder.img_size,
+            length=self.recipe.schedule.steps * self.recipe.batch_size,
+            seed=self.recipe.seed,
+            views=self.method.views,
+            crops_per_volume=self.recipe.data.crops_per_volume,
+            mirror_axes=self.recipe.data.mirror_axes,
+        )
+        first = self.start * self.recipe.batch_size + self.accelerator.process_index
+        loader = DataLoader(
+            dataset,
+            batch_size=self.part_size,
+            sampler=range(first, len(dataset), self.accelerator.num_processes),
+            num_workers=self.recipe.data.workers,
+            # Forking a process in which torch's threads run can hang.
+            multiprocessing_context="spawn" if self.recipe.data.workers else None,
+        )
+        for batch in loader:
+            yield {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _report(self, step: _Step, done: int) -> Report:
+        report = self.meter.report(done, step.loss, self.optimizer.param_groups[0]["lr"], step.grad_norm)
+        self.metrics.write(report)
+        logs = {name: float(value) for name, value in step.output.logs.items()}
+        self.accelerator.log({"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **logs}, step=done)
+        return report
+
+    def _draw(self, step: _Step, done: int) -> None:
+        if step.output.picture is None:
+            return
+        path = self.folder / PICTURES / f"step-{done:08d}.png"
+        spacing = self.recipe.volume.spacing or (1.0, 1.0, 1.0)
+        reconstruction_picture(step.output.picture(), path, spacing=spacing)
+
+    def _save(self, done: int) -> None:
+        recent = self.metrics.recent_loss()
+        is_best, self.best = recent <= self.best, min(recent, self.best)
+        state = {
+            "step": done,
+            "best": self.best,
+            "spent": self.clock.read(),
+            "method": self.method.state_dict(),
+            "average": self.average.module.state_dict() if self.average is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        save_checkpoint(self.folder / CHECKPOINTS, done, state, keep=self.recipe.output.keep, best=is_best)
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
@@ -125,9 +253,19 @@ def _claim(folder: Path, recipe: Recipe) -> None:
 
 def _optimizer(method: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     settings = recipe.optimizer
-    return create_optimizer_v2(
-        method, opt="adamw", lr=settings.lr, weight_decay=settings.weight_decay, betas=settings.betas, fused=True
-    )
+    # timm hands on what the optimizer's constructor takes; only torch's own have fused kernels.
+    extra = {"fused": True} if settings.name in ("adam", "adamw") else {}
+    try:
+        return create_optimizer_v2(
+            method,
+            opt=settings.name,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            **extra,
+        )
+    except (ValueError, TypeError) as error:
+        raise SpecError(f"optimizer: {error}; timm.optim.list_optimizers() has the names") from error
 
 
 def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> CosineLRScheduler:
@@ -139,40 +277,6 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> CosineLRSched
         warmup_t=recipe.schedule.warmup,
         t_in_epochs=False,
     )
-
-
-def _batches(
-    recipe: Recipe, store: Store, method: nn.Module, start: int, accelerator: Accelerator
-) -> Iterator[dict[str, Tensor]]:
-    """Batches from step `start` on, this rank's share of each."""
-    dataset = CropDataset(
-        store,
-        recipe.volume,
-        size=method.encoder.img_size,
-        length=recipe.schedule.steps * recipe.batch_size,
-        seed=recipe.seed,
-        views=method.views,
-        crops_per_volume=recipe.data.crops_per_volume,
-        mirror_axes=recipe.data.mirror_axes,
-    )
-    first = start * recipe.batch_size + accelerator.process_index
-    loader = DataLoader(
-        dataset,
-        batch_size=recipe.batch_size // accelerator.num_processes,
-        sampler=range(first, len(dataset), accelerator.num_processes),
-        num_workers=recipe.data.workers,
-        # Forking a process in which torch's threads run can hang.
-        multiprocessing_context="spawn" if recipe.data.workers else None,
-    )
-    for batch in loader:
-        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def _forward(trained: nn.Module, batch: dict[str, Tensor], seed: int) -> MethodOutput:
-    """One pass; what is random about a sample depends on the seed and its index alone."""
-    sample_seeds = [seed * PRIME + index for index in batch["index"].tolist()]
-    torch.manual_seed(sample_seeds[0])  # for dropped paths, which take torch's own generator
-    return trained(batch, [torch.Generator().manual_seed(each) for each in sample_seeds])
 
 
 class _Stopwatch:

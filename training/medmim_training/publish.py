@@ -35,7 +35,7 @@ def package(
     citation: str,
     evidence: tuple[Evidence, ...] = (),
 ) -> ModelSpec:
-    """Makes a model folder, in bfloat16, from the newest checkpoint of a finished run.
+    """Makes a model folder, in bfloat16, from the last checkpoint of a finished run: its average where it kept one.
 
     Args:
         run: Folder that `medmim_training.engine.pretrain` wrote.
@@ -58,7 +58,8 @@ def package(
     training = TrainingRecord.parse(json.loads((run / RECORD_FILE).read_text("utf-8")), source=str(run / RECORD_FILE))
     recipe = load_recipe(str(run / RECIPE_FILE))
     method = build_method(recipe)
-    method.load_state_dict(load_latest(run / CHECKPOINTS)["method"])
+    checkpoint = load_latest(run / CHECKPOINTS)
+    method.load_state_dict(checkpoint.get("average") or checkpoint["method"])
     encoder, decoder = method.encoder.eval(), method.decoder.eval()
 
     folder.mkdir(parents=True, exist_ok=True)

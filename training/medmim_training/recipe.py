@@ -53,8 +53,15 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW (Loshchilov and Hutter 2019); no decay of biases, norms, tokens and positions."""
+    """The optimizer; no decay of biases, norms, tokens and positions.
 
+    Attributes:
+        name: Of timm's (`timm.optim.list_optimizers`).
+        lr: Peak rate.
+        clip_grad: Norm that gradients are scaled down to.
+    """
+
+    name: str = "adamw"
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
@@ -70,15 +77,29 @@ class ScheduleSection(Section):
 
 
 class OutputSection(Section):
-    """What a run writes and how often, in optimizer steps."""
+    """What a run writes and how often, in optimizer steps.
+
+    Attributes:
+        keep: Newest checkpoints that stay; the best one stays besides.
+        trackers: Curves for other programs, through accelerate; `metrics.jsonl` is always written.
+    """
 
     log_every: Positive = 20
     checkpoint_every: Positive = 500
     pictures_every: Positive = 500
+    keep: Positive = 2
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
 class Recipe(Section):
-    """Everything that decides a pretraining run, but for the store and the folder it writes to."""
+    """Everything that decides a pretraining run, but for the store and the folder it writes to.
+
+    Attributes:
+        batch_size: Samples of an optimizer step, over all processes.
+        accumulate: Parts that a step's batch is computed in, one after the other; changes memory, not the result.
+        ema: Decay of an exponential moving average of the weights, which is then what gets published; None for none.
+        compile: Compiles the encoder's blocks; worth its minutes on a GPU.
+    """
 
     name: str
     summary: str
@@ -87,9 +108,12 @@ class Recipe(Section):
     volume: VolumeSpec
     data: DataSection = DataSection()
     batch_size: Positive
+    accumulate: Positive = 1
+    ema: float | None = Field(None, gt=0, lt=1)
     optimizer: OptimizerSection
     schedule: ScheduleSection
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    compile: bool = False
     output: OutputSection = OutputSection()
     seed: int = Field(0, ge=0)
 

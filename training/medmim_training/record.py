@@ -94,6 +94,7 @@ class MetricsLog:
             file.write(json.dumps(asdict(report)) + "\n")
 
     def recent_loss(self) -> float:
+        """Mean of the last `RECENT` reports."""
         recent = self.losses[-RECENT:]
         return sum(recent) / len(recent) if recent else math.nan
 

@@ -1,0 +1,91 @@
+"""Whole processes: killed at bad moments, and several at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from medmim_training.checkpoint import load_latest
+from medmim_training.engine import pretrain
+from medmim_training.recipe import Recipe
+
+TRAIN = "from medmim_training.cli import main; main()"
+
+
+def command(recipe: Recipe, store, folder: Path, *, processes: int = 1) -> list[str]:
+    path = folder.with_suffix(".yaml")
+    path.write_text(recipe.to_yaml())
+    arguments = ["pretrain", str(path), "--data", str(store.folder), "-o", str(folder), "--threads", "1"]
+    if processes == 1:
+        return [sys.executable, "-c", TRAIN, *arguments]
+    script = folder.with_suffix(".py")
+    script.write_text(TRAIN)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *launcher, str(script), *arguments]
+
+
+def environment() -> dict[str, str]:
+    # Children import what this process imports, installed or not.
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_latest(folder / "checkpoints")["method"]
+
+
+@pytest.mark.parametrize("moment", ["in a step", "in a checkpoint"])
+def test_a_process_killed_outright_resumes_bit_for_bit(finished, recipe, store, tmp_path, moment):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command(recipe, store, folder), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if moment == "in a step" and len(list(folder.glob("checkpoints/step-*.pt"))) == 2:
+            break
+        if moment == "in a checkpoint" and list(folder.glob("checkpoints/.writing-*")):
+            break
+        time.sleep(0.0005)
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    resumed = pretrain(recipe, store, folder).state_dict()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in finished[0].state_dict().items())
+
+
+def test_two_processes_train_as_one(recipe, store, tmp_path):
+    """DDP over gloo on halves of each batch, against one process on whole ones."""
+    plain = {**recipe.model.model_dump(), "args": {**recipe.model.args, "drop_path_rate": 0.0}}
+    recipe = Recipe.model_validate({**recipe.model_dump(), "model": plain, "schedule": {"steps": 8, "warmup": 2}})
+    one = pretrain(recipe, store, tmp_path / "one").state_dict()
+    two = tmp_path / "two"
+    subprocess.run(command(recipe, store, two, processes=2), env=environment(), check=True, capture_output=True)
+    for name, tensor in weights(two).items():
+        torch.testing.assert_close(tensor, one[name], rtol=0, atol=2e-4)
+    curves = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    ]
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-4, atol=0)
+
+
+def test_a_preempted_command_has_its_own_exit_code(recipe, store, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command(recipe, store, folder), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (folder / "metrics.jsonl").is_file():
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "stopped and saved at step" in errors
+    assert load_latest(folder / "checkpoints")["step"] >= 1
