@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.table import Table
 
 from medmim.command import run
 from medmim.errors import SpecError
+
+if TYPE_CHECKING:
+    from medmim_training.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
 console = Console()
@@ -54,9 +57,13 @@ def prepare(
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="Recipe name or YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example schedule.steps=100")] = None,
-    data: Annotated[Path, typer.Option(help="Store made by `medmim-train prepare`.")] = ...,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run; an interrupted run resumes.")] = ...,
+    data: Annotated[Path | None, typer.Option(help="Store made by `medmim-train prepare`.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the run; a run in it resumes.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what the run needs.")] = False,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="For --plan: TFLOP/s of the hardware; default as measured here.")
+    ] = None,
 ) -> None:
     """Pretrains an encoder; resumes where an interrupted run stopped.
 
@@ -64,14 +71,20 @@ def pretrain(
     """
     import torch
 
-    from medmim_training.engine import pretrain as run_pretraining
     from medmim_training.recipe import load_recipe
-    from medmim_training.record import Report
-    from medmim_training.store.index import Store
 
     if threads:
         torch.set_num_threads(threads)
     chosen = load_recipe(recipe, overrides or [])
+    if plan:
+        _print_plan(chosen, tflops)
+        return
+    if data is None or out is None:
+        raise typer.BadParameter("a run needs --data STORE and --out FOLDER; --plan does without")
+    from medmim_training.engine import pretrain as run_pretraining
+    from medmim_training.record import Report
+    from medmim_training.store.index import Store
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(chosen.name, total=chosen.schedule.steps, state="")
@@ -87,6 +100,25 @@ def pretrain(
 
         run_pretraining(chosen, Store(data), out, watch=watch)
     console.print(f"done: {out}")
+
+
+def _print_plan(recipe: Recipe, tflops: float | None) -> None:
+    from medmim_training.plan import make_plan, matrix_product_rate
+
+    needs = make_plan(recipe)
+    rate = tflops * 1e12 if tflops else matrix_product_rate(recipe.precision)
+    where = "given" if tflops else f"{recipe.precision} matrix products here"
+    table = Table(title=f"{recipe.name}: {recipe.summary}", show_header=False)
+    for name, value in (
+        ("parameters", f"{needs.parameters / 1e6:.1f} M, {needs.encoder_parameters / 1e6:.1f} M of them the encoder's"),
+        ("crops", f"{needs.crops:,} in {recipe.schedule.steps:,} steps of {recipe.batch_size}"),
+        ("arithmetic", f"{needs.flops_per_crop / 1e9:.1f} GFLOP a crop, forward and backward"),
+        ("memory, activations", f"{needs.activation_bytes / 2**30:.2f} GiB for one process"),
+        ("memory, weights and optimizer", f"{needs.state_bytes / 2**30:.2f} GiB"),
+        ("time, at the least", f"{needs.hours(rate):.1f} hours at {rate / 1e12:.2f} TFLOP/s ({where})"),
+    ):
+        table.add_row(name, value)
+    console.print(table)
 
 
 @app.command()

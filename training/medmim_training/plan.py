@@ -1,0 +1,110 @@
+"""What a recipe will need, before anything starts: one crop is computed and counted, the rest is multiplication."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from medmim_training.engine import build_method
+from medmim_training.methods.draws import Generators
+from medmim_training.recipe import Recipe
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The needs of a run.
+
+    Attributes:
+        encoder_parameters: Of what is published.
+        parameters: Of all that is trained.
+        flops_per_crop: Forward and backward, matrix products and attention, as torch's counter has them.
+        activation_bytes: Kept for the backward pass of one process's part of a batch.
+        state_bytes: Weights, gradients and the two moments of Adam in float32, and the average where there is one.
+        crops: Of the whole run.
+    """
+
+    encoder_parameters: int
+    parameters: int
+    flops_per_crop: int
+    activation_bytes: int
+    state_bytes: int
+    crops: int
+
+    def hours(self, flops_per_second: float) -> float:
+        """Of a run whose arithmetic goes on at this rate throughout: a lower bound."""
+        return self.crops * self.flops_per_crop / flops_per_second / 3600
+
+
+def make_plan(recipe: Recipe, *, processes: int = 1) -> Plan:
+    """Computes one sample forward and backward, and counts.
+
+    Args:
+        recipe: What is to be trained.
+        processes: That share each batch.
+    """
+    method = build_method(recipe)
+    encoder = method.encoder
+    generator = torch.Generator().manual_seed(0)
+    views = len(method.views.starts(encoder.img_size, encoder.img_size, np.random.default_rng(0)))
+    x = torch.rand(2, views, encoder.in_chans, *encoder.img_size, generator=generator)
+    flops, saved = _count(method, {"x": x}, recipe, generator)
+    per_process = math.ceil(recipe.batch_size / recipe.accumulate / processes)
+    parameters = sum(parameter.numel() for parameter in method.parameters())
+    copies = 4 if recipe.ema is None else 5
+    return Plan(
+        encoder_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
+        parameters=parameters,
+        flops_per_crop=flops // len(x),
+        activation_bytes=saved // len(x) * per_process,
+        state_bytes=copies * 4 * parameters,
+        crops=recipe.schedule.steps * recipe.batch_size,
+    )
+
+
+def _count(method: torch.nn.Module, batch: dict[str, Tensor], recipe: Recipe, generator: Generators) -> tuple[int, int]:
+    """FLOPs, and bytes kept between the passes; weights are not counted with the latter."""
+    own = {parameter.data_ptr() for parameter in method.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    precision = PRECISIONS[recipe.precision]
+    with FlopCounterMode(display=False) as counter:
+        with (
+            torch.autocast("cpu", precision, enabled=precision is not torch.float32),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            loss = method(batch, generator).loss
+        loss.backward()
+    return counter.get_total_flops(), sum(kept.values())
+
+
+def matrix_product_rate(precision: str, *, size: int = 2048, seconds: float = 1.0) -> float:
+    """FLOP/s of square matrix products on the device at hand, the best of those that fit into about `seconds`.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16".
+        size: Rows and columns.
+        seconds: How long to measure.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = torch.randn(2, size, size, device=device, dtype=PRECISIONS[precision])
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        c = a @ b
+        c[0, 0].item()  # waits for a GPU
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
