@@ -16,7 +16,7 @@ from medmim.errors import SpecError
 from medmim.factory import save_pretrained
 from medmim.files import atomic_write
 from medmim.golden import GOLDEN_FILE, golden_outputs
-from medmim.spec import Evidence, ModelSpec, PartSpec, TrainingRecord
+from medmim.spec import Evidence, ModelSpec, TrainingRecord
 from medmim_training.checkpoint import load_latest
 from medmim_training.engine import CHECKPOINTS, RECIPE_FILE, RECORD_FILE, build_method
 from medmim_training.recipe import load_recipe
@@ -60,7 +60,8 @@ def package(
     method = build_method(recipe)
     checkpoint = load_latest(run / CHECKPOINTS)
     method.load_state_dict(checkpoint.get("average") or checkpoint["method"])
-    encoder, decoder = method.encoder.eval(), method.decoder.eval()
+    encoder = method.encoder.eval()
+    decoder = method.decoder.eval() if method.decoder_spec is not None else None
 
     folder.mkdir(parents=True, exist_ok=True)
     # Golden outputs are those of the published numbers, computed in float32 as a model from `create_model` does.
@@ -72,14 +73,14 @@ def package(
     spec = save_pretrained(
         encoder.to(torch.bfloat16),
         folder,
-        decoder=decoder.to(torch.bfloat16),
+        decoder=decoder.to(torch.bfloat16) if decoder is not None else None,
         weights={
             "tag": tag,
             "license": license,
             "citation": citation,
             "volume": recipe.volume.to_data(),
             "training": training.to_data(),
-            "decoder_spec": PartSpec(kind=recipe.method.name, args=method.decoder_args).to_data(),
+            "decoder_spec": method.decoder_spec,
             "golden": hub.describe_file(folder, GOLDEN_FILE).to_data(),
             "evidence": [each.to_data() for each in evidence],
         },

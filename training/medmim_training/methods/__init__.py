@@ -11,10 +11,11 @@ from torch import nn
 from medmim.errors import SpecError
 from medmim_training.methods.base import MethodOutput
 from medmim_training.methods.mae import MAE
+from medmim_training.methods.mae_cnn import MAECNN
 from medmim_training.methods.simclr import SimCLR
 from medmim_training.methods.simmim import SimMIM
 
-METHODS: dict[str, type[nn.Module]] = {"mae": MAE, "simclr": SimCLR, "simmim": SimMIM}
+METHODS: dict[str, type[nn.Module]] = {"mae": MAE, "mae_cnn": MAECNN, "simclr": SimCLR, "simmim": SimMIM}
 
 
 def create_method(name: str, encoder: nn.Module, args: dict[str, Any]) -> nn.Module:

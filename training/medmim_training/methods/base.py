@@ -1,4 +1,9 @@
-"""What every method gives the engine, and the few lines that methods share."""
+"""What every method gives the engine, and the few lines that methods share.
+
+A method is a module made of the encoder it is given (`encoder`) and of what is thrown away afterwards. It has
+`views`, the boxes that make a sample; `forward(batch, generator) -> MethodOutput`; `no_weight_decay()`; and
+`decoder_spec`, what builds its `decoder` elsewhere when that is published beside the encoder, else None.
+"""
 
 from __future__ import annotations
 

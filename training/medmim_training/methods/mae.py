@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from medmim.heads.mae import MAEDecoder
 from medmim.layers.tokens import gather_patches
 from medmim.reconstruction import Reconstruction
+from medmim.spec import PartSpec
 from medmim_training.methods.base import MethodOutput, named_choice, paste
 from medmim_training.methods.draws import Generators
 from medmim_training.methods.hiding import Hiding
@@ -55,13 +56,14 @@ class MAE(nn.Module):
         self.hiding = Hiding(ratio=ratio, **(hiding or {}))
         self.target = named_choice("target", target, TARGETS)
         self.loss = named_choice("loss", loss, LOSSES)
-        self.decoder_args = {
+        args = {
             "patch_size": list(encoder.patch_size),
             "in_chans": encoder.in_chans,
             "prefix_tokens": encoder.num_prefix_tokens,
             **(decoder or {}),
         }
-        self.decoder = MAEDecoder(encoder.num_features, encoder.grid_size, **self.decoder_args)
+        self.decoder = MAEDecoder(encoder.num_features, encoder.grid_size, **args)
+        self.decoder_spec = PartSpec(kind="mae", args=args)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must leave alone."""

@@ -33,6 +33,8 @@ class SimCLR(nn.Module):
         ValueError: For a temperature or an overlap out of range.
     """
 
+    decoder_spec = None
+
     def __init__(
         self,
         encoder: nn.Module,

@@ -43,6 +43,7 @@ class SimMIM(nn.Module):
     """
 
     views = OneCrop()
+    decoder_spec = None
 
     def __init__(
         self,
