@@ -1,0 +1,171 @@
+"""Tensors in and out of safetensors files, and into a model without leniency.
+
+Pickles are never read: a file that is not safetensors is refused before anything interprets it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from medmim.errors import WeightsError
+from medmim.files import atomic_write
+
+SHARD_BYTES = 95_000_000  # git hosts refuse files of 100 MB
+LISTED = 6  # tensors named in an error, of each kind
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, or of all shards of one.
+
+    Returns:
+        Tensors on the CPU that are views of the memory-mapped files: copy what has to outlive them.
+
+    Raises:
+        WeightsError: For a file that is missing, no safetensors, or not whole; for a tensor stored twice.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        _refuse_other_formats(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (it is not a mapping)
+                    if key in tensors:
+                        raise WeightsError(f"{path}: {key} is stored in another shard already; save the model again")
+                    tensors[key] = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path}: not a whole safetensors file ({error}); fetch or save it again") from None
+    return tensors
+
+
+def _refuse_other_formats(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
+    # Eight bytes of header length, then the header, which is JSON.
+    if start[8:] == b"{":
+        return
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        raise WeightsError(
+            f"{path}: a pickle (.pth, .ckpt), which can run code when it is opened, so medmim does not; convert it "
+            "once with torch.load(path, weights_only=True) and safetensors.torch.save_file"
+        )
+    raise WeightsError(f"{path}: not a safetensors file")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str, *, shard: bool = True) -> list[str]:
+    """Writes `stem`.safetensors, or shards of at most `SHARD_BYTES` and their index.
+
+    Args:
+        tensors: What to write; dtypes are kept.
+        folder: Where to; files of the same name are replaced, each atomically.
+        stem: Name without the suffix.
+        shard: Whether a large file may become several.
+
+    Returns:
+        The names of the files with tensors, in order.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    split = split_torch_state_dict_into_shards(
+        tensors,
+        filename_pattern=stem + "{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES if shard else 2**63,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        with atomic_write(folder / name) as temporary:
+            save_file({key: tensors[key] for key in keys}, temporary, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        with atomic_write(folder / f"{stem}.safetensors.index.json") as temporary:
+            temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return list(split.filename_to_tensors)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def misfit(model: nn.Module, tensors: Mapping[str, Tensor], *, optional: Iterable[str] = ()) -> str | None:
+    """What does not fit between a model (on any device) and stored tensors, in words; None when everything does.
+
+    Args:
+        model: The model.
+        tensors: What would be loaded.
+        optional: Keys that may be missing.
+    """
+    wanted, optional = model.state_dict(), set(optional)
+    faults = {
+        "missing": [
+            f"{key} {tuple(tensor.shape)}"
+            for key, tensor in wanted.items()
+            if key not in tensors and key not in optional
+        ],
+        "unexpected": [f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items() if key not in wanted],
+        "of another shape": [
+            f"{key} {tuple(tensors[key].shape)} for {tuple(tensor.shape)}"
+            for key, tensor in wanted.items()
+            if key in tensors and tensors[key].shape != tensor.shape
+        ],
+        "of another type": [
+            f"{key} {tensors[key].dtype} for {tensor.dtype}"
+            for key, tensor in wanted.items()
+            if key in tensors and tensors[key].is_floating_point() != tensor.is_floating_point()
+        ],
+    }
+    return "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names) or None
+
+
+def load_strictly(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    optional: Iterable[str] = (),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Fills a model that was built on the meta device; every key and every shape must fit.
+
+    Args:
+        model: The model; its parameters are replaced, those that are `optional` and missing stay on meta.
+        tensors: As `read_tensors` gives them; each is copied.
+        source: Where they are from, for the error.
+        optional: Keys that may be missing.
+        device: Where the parameters go; None for the CPU.
+        dtype: Of floating-point parameters; None for the model's own, whatever the file has.
+
+    Raises:
+        WeightsError: With names and shapes of what does not fit.
+    """
+    fault = misfit(model, tensors, optional=optional)
+    if fault:
+        raise WeightsError(f"{source} does not fit the model ({fault}); check the architecture and its arguments")
+    wanted = model.state_dict()
+    # Copied, because a view of a memory-mapped file takes the process down when somebody truncates the file.
+    owned = {
+        key: tensor.to(
+            device=device or "cpu",
+            dtype=dtype if dtype is not None and tensor.is_floating_point() else wanted[key].dtype,
+            copy=True,
+        )
+        for key, tensor in tensors.items()
+    }
+    model.load_state_dict(owned, strict=False, assign=True)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")

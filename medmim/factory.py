@@ -1,0 +1,433 @@
+"""Build a model, with weights or without; save one.
+
+With weights: build on the meta device (no memory, no initialisation) -> load strictly -> rebuild what no file stores ->
+initialise what is new for the task. Weights are never replaced by random numbers: what does not fit is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medmim import hub, registry
+from medmim.checkpoints import load_strictly, misfit, read_tensors, write_tensors
+from medmim.errors import MedmimError, SpecError, UnknownModelError, WeightsError
+from medmim.spec import ModelSpec, WeightsSpec
+
+# By the kind that a record of weights names; a class from elsewhere is never built.
+DECODERS = {"mae": "medmim.heads.mae:MAEDecoder"}
+
+# Arguments that a model's own methods change after it was built; the model's attributes of these names are current.
+CHANGEABLE = ("img_size", "patch_size", "num_classes", "global_pool")
+
+# What a record of weights says about published files, and so is not true of files that are saved anew.
+OF_PUBLISHED_FILES = ("repo", "revision", "golden", "evidence", "converter")
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    checkpoint_path: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    endpoint: str | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Builds a model, on request with its weights.
+
+    Args:
+        name: "architecture" or "architecture.tag" of the catalog (see `list_models`, `list_pretrained`),
+            "hf-hub:org/name[@revision]", or "local-dir:path" of a folder that `save_pretrained` wrote.
+        pretrained: Loads the weights of that name, repository or folder, and returns the model in evaluation mode.
+        checkpoint_path: Loads this safetensors file instead, saved from a model with the arguments of `name`.
+        device: Where the model goes; None for the CPU.
+        dtype: Of floating-point parameters; None for float32, whatever the file has.
+        revision: Commit, tag or branch of a "hf-hub:" name.
+        token: For a private repository; None for the one of `hf auth login` or `HF_TOKEN`.
+        cache_dir: Where downloads are kept; None for huggingface_hub's own.
+        endpoint: A mirror of the Hub; None for `HF_ENDPOINT` or huggingface.co.
+        local_files_only: Never asks the network.
+        **kwargs: Constructor arguments that differ from the named model's, such as `img_size`, `in_chans`,
+            `patch_size` and `num_classes`, to all of which weights are fitted.
+
+    Returns:
+        The model; `model.spec` says what it is and which weights it holds.
+
+    Raises:
+        UnknownModelError: For a name, tag or argument that does not exist, with the nearest ones.
+        SpecError: For arguments that the model cannot be built with, or a bad `config.json`.
+        WeightsError: For weights that do not exist, cannot be fetched, are damaged or do not fit.
+    """
+    access = hub.HubAccess(token, cache_dir, endpoint, local_files_only)
+    stored, place = _resolve(name, revision, access, needs_weights=pretrained and checkpoint_path is None)
+    family = registry.find_family(stored.family, needed_by=name)
+    _check_keywords(family.cls, stored.args, f"config.json of {name}" if place else name)
+    _check_keywords(family.cls, kwargs, name)
+    args = registry.as_arguments({**stored.args, **kwargs})
+
+    loads = pretrained or checkpoint_path is not None
+    with torch.device("meta") if loads else contextlib.nullcontext():
+        model = _construct(family.cls, args, name)
+    weights = None
+    if checkpoint_path is not None:
+        tensors = read_tensors([Path(checkpoint_path)])
+        _fill(model, args, family, stored, tensors, source=str(checkpoint_path), device=device, dtype=dtype)
+    elif pretrained:
+        weights = stored.weights
+        if weights is not None and weights.converter is not None:
+            raise WeightsError(f"{name} needs the converter {weights.converter!r}, which this medmim lacks; update it")
+        tensors = read_tensors(hub.fetch_encoder(place, weights))
+        _fill(model, args, family, stored, tensors, source=str(place), device=device, dtype=dtype)
+    model.to(device=device, dtype=dtype).train(not loads)
+    model.spec = stored.model_copy(update={"args": args, "weights": weights})
+    # Where files that belong to these weights (the decoder) will be looked for; a token is not kept in a model.
+    model.weights_place = place.without_token() if weights is not None else None
+    return model
+
+
+def from_pretrained(
+    repo_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    endpoint: str | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Loads a model from a folder or a Hub repository.
+
+    Args:
+        repo_or_path: A folder that exists, or "org/name".
+        revision: Commit, tag or branch of a repository.
+        token: See `create_model`, as all others.
+        cache_dir: See `create_model`.
+        endpoint: See `create_model`.
+        local_files_only: See `create_model`.
+        **kwargs: `device`, `dtype` and constructor arguments that differ from the saved ones.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UnknownModelError: For an argument that does not exist.
+        SpecError: For a bad `config.json`.
+        WeightsError: For weights that do not exist, cannot be fetched, are damaged or do not fit.
+    """
+    if Path(repo_or_path).expanduser().is_dir():
+        if revision is not None:
+            raise WeightsError(f"{repo_or_path} is a folder on this disk, which has no revision {revision!r}")
+        name = f"local-dir:{repo_or_path}"
+    elif hub.REPOSITORY.fullmatch(str(repo_or_path)):
+        name = f"hf-hub:{repo_or_path}"
+    else:
+        raise WeightsError(
+            f"{str(repo_or_path)!r} is neither a folder that exists nor a repository (org/name); "
+            "names of the catalog go to create_model(name, pretrained=True)"
+        )
+    return create_model(
+        name,
+        pretrained=True,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        endpoint=endpoint,
+        local_files_only=local_files_only,
+        **kwargs,
+    )
+
+
+def create_decoder(model: nn.Module) -> nn.Module:
+    """Builds the pretraining decoder that was published beside a model's weights.
+
+    Args:
+        model: A model with weights, from `create_model` or `from_pretrained`.
+
+    Returns:
+        The decoder with its weights, for the model's token grid, on its device, in its dtype, in evaluation mode.
+
+    Raises:
+        WeightsError: When the model's weights have no decoder, or the model was built for other patches or channels.
+    """
+    weights = model.spec.weights if model.spec is not None else None
+    if weights is None:
+        raise WeightsError("the model holds no published weights, so no decoder belongs to it; use pretrained=True")
+    name = model.spec.name
+    if weights.decoder is None or weights.decoder_spec is None:
+        raise WeightsError(f"{name} was published without its decoder; only the encoder can be used")
+    if weights.decoder_spec.kind not in DECODERS:
+        raise WeightsError(
+            f"{name} has a decoder of kind {weights.decoder_spec.kind!r}, which this medmim does not know; update it"
+        )
+    module, _, attribute = DECODERS[weights.decoder_spec.kind].partition(":")
+    cls = getattr(import_module(module), attribute)
+    args = registry.as_arguments(weights.decoder_spec.args)
+    encoder = {
+        "patch_size": model.patch_size,
+        "in_chans": model.in_chans,
+        "prefix_tokens": model.num_prefix_tokens,
+    }
+    for key, value in encoder.items():
+        if args.setdefault(key, value) != value:
+            raise WeightsError(f"the decoder of {name} is for {key} {args[key]}, the model has {value}; build it so")
+    args |= {"encoder_dim": model.num_features, "grid_size": model.grid_size}
+    _check_keywords(cls, args, f"decoder of {name}")
+
+    path = model.weights_place.fetch(weights.decoder)
+    with torch.device("meta"):
+        decoder = _construct(cls, args, f"decoder of {name}")
+    like = next(model.parameters())
+    load_strictly(decoder, read_tensors([path]), source=str(path), device=like.device, dtype=like.dtype)
+    _materialise(decoder)
+    return decoder.to(like).eval()
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    decoder: nn.Module | None = None,
+    weights: WeightsSpec | Mapping[str, Any] | None = None,
+) -> ModelSpec:
+    """Writes a model folder, which `from_pretrained` loads back bit for bit.
+
+    Files are made in full and moved into place one by one, `config.json` last: no half-written file is ever seen, and
+    a half-replaced set is refused by its digests.
+
+    Args:
+        model: A model from `create_model`; its dtype is kept.
+        folder: Where to; files of a model saved there before are replaced.
+        decoder: The pretraining decoder, to be saved beside it; the record must have its `decoder_spec`.
+        weights: Record of the weights, without the files that are written here. None takes over that of the weights
+            the model was loaded with: tag, licence, citation, input contract and training, not where it was published
+            nor what it showed.
+
+    Returns:
+        The spec that was written, with the digests of the files.
+
+    Raises:
+        SpecError: For a record that lacks something or says something impossible.
+        WeightsError: For a model that its spec does not describe, so that it could not be loaded back.
+    """
+    if model.spec is None:
+        raise WeightsError("the model has no spec, so no config.json can be written; build it with create_model")
+    family = registry.find_family(model.spec.family, needed_by=model.spec.name)
+    args = dict(model.spec.args)
+    args |= {key: getattr(model, key) for key in CHANGEABLE if key in _accepted(family.cls) and hasattr(model, key)}
+    with torch.device("meta"):
+        described = _construct(family.cls, args, model.spec.name)
+    fault = misfit(described, model.state_dict())
+    if fault:
+        raise WeightsError(f"{model.spec.name} was changed since it was built, and could not be loaded back ({fault})")
+    record = _record_to_save(model.spec.weights, weights, with_decoder=decoder is not None)
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+        staging = Path(name)
+        names = write_tensors(model.state_dict(), staging, "model")
+        if record is not None:
+            record["encoder"] = [hub.describe_file(staging, name) for name in names]
+        if decoder is not None:
+            (name,) = write_tensors(decoder.state_dict(), staging, "decoder", shard=False)
+            record["decoder"] = hub.describe_file(staging, name)
+        spec = ModelSpec.parse(
+            {
+                "architecture": model.spec.architecture,
+                "family": model.spec.family,
+                "args": args,
+                "weights": WeightsSpec.parse(record, source="weights") if record is not None else None,
+            },
+            source="model.spec",
+        )
+        hub.write_config(staging, spec)
+        written = sorted((path.name for path in staging.iterdir()), key=lambda name: name == hub.CONFIG)
+        for name in written:
+            os.replace(staging / name, folder / name)
+    for pattern in ("model.safetensors*", "model-*-of-*.safetensors", "decoder.safetensors"):
+        for stale in folder.glob(pattern):
+            if stale.name not in written:
+                stale.unlink()
+    return spec
+
+
+def _record_to_save(
+    loaded: WeightsSpec | None, given: WeightsSpec | Mapping[str, Any] | None, *, with_decoder: bool
+) -> dict[str, Any] | None:
+    """The record of weights as plain data, without the files that are about to be written."""
+    if isinstance(given, WeightsSpec):
+        record = given.to_data()
+    elif given is not None:
+        record = dict(given)
+    elif loaded is not None:
+        record = {key: value for key, value in loaded.to_data().items() if key not in OF_PUBLISHED_FILES}
+    else:
+        record = None
+    if with_decoder and not (record and record.get("decoder_spec")):
+        raise WeightsError("a decoder is saved with weights={..., 'decoder_spec': {'kind': ..., 'args': ...}}")
+    if record is not None and not with_decoder:
+        record = {key: value for key, value in record.items() if key not in ("decoder", "decoder_spec")}
+    return record
+
+
+# --- names and arguments ----------------------------------------------------------------------------------------------
+
+
+def _resolve(
+    name: str, revision: str | None, access: hub.HubAccess, *, needs_weights: bool
+) -> tuple[ModelSpec, hub.Place | None]:
+    """The model that a name means, and the place of its weights (None for the catalog unless they are needed)."""
+    kind, separator, rest = name.partition(":")
+    if separator and kind == "local-dir":
+        return hub.read_model(hub.Folder(Path(rest).expanduser()))
+    if separator and kind == "hf-hub":
+        repo, at, named = rest.partition("@")
+        if at and revision is not None and revision != named:
+            raise WeightsError(f"{name!r} names a revision and revision={revision!r} another; give one of them")
+        return hub.read_model(hub.place_of_repository(repo, named or revision, access))
+    if separator:
+        raise UnknownModelError(f"{name!r}: there is no source {kind!r}; write hf-hub:org/name or local-dir:path")
+    if "/" in name or "\\" in name:
+        raise UnknownModelError(
+            f"{name!r} has two readings; write 'hf-hub:{name}' for a Hub repository or 'local-dir:{name}' for a folder"
+        )
+    if revision is not None:
+        raise WeightsError(f"revision= is for hf-hub: names; weights of the catalog such as {name} are pinned there")
+
+    info = registry.model_info(name)
+    spec = ModelSpec(architecture=info.name, family=info.family, args=info.args)
+    if not needs_weights:
+        return spec, None
+    if not info.weights:
+        known = registry.list_pretrained()
+        raise WeightsError(
+            f"{name} has no weights yet; "
+            + (f"weights exist for: {', '.join(known)}; " if known else "no weights are in the catalog; ")
+            + "train and publish your own with `medmim-train publish`, or point to a folder or a repository: "
+            'create_model("local-dir:PATH", pretrained=True), create_model("hf-hub:ORG/NAME", pretrained=True)'
+        )
+    spec = spec.model_copy(update={"weights": info.weights[0]})
+    return spec, hub.place_of_weights(spec.name, info.weights[0], access)
+
+
+def _accepted(cls: Callable[..., nn.Module]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(cls).parameters)
+
+
+def _check_keywords(cls: Callable[..., nn.Module], given: Mapping[str, Any], name: str) -> None:
+    accepted = _accepted(cls)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+        return
+    for key in given:
+        if key not in accepted:
+            raise UnknownModelError(
+                f"{name}: there is no argument {key!r}; {registry.nearest(key, accepted)}"
+                f"accepted: {', '.join(accepted)}"
+            )
+
+
+def _defaults(cls: Callable[..., nn.Module]) -> dict[str, Any]:
+    return {key: p.default for key, p in _accepted(cls).items() if p.default is not p.empty}
+
+
+def _construct(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str) -> nn.Module:
+    try:
+        return cls(**args)
+    except MedmimError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SpecError(f"{name} cannot be built with these arguments: {error}") from error
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _fill(
+    model: nn.Module,
+    args: Mapping[str, Any],
+    family: registry.Family,
+    stored: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Gives a model built with `args` on meta the tensors that were saved from the model that `stored` describes."""
+    stored_args = registry.as_arguments(stored.args)
+    source_args = {**_defaults(family.cls), **stored_args}
+    tensors, new_head = _without_other_head(model, tensors, source_args)
+    if args != stored_args:
+        tensors = _adapt(family, model, tensors, source_args, source)
+    load_strictly(model, tensors, source=source, optional=new_head, device=device, dtype=dtype)
+    if new_head:
+        model.reset_classifier(model.num_classes)
+    _materialise(model)
+
+
+def _without_other_head(
+    model: nn.Module, tensors: Mapping[str, Tensor], source_args: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Drops the stored classifier when the model is to have another one or none.
+
+    Returns:
+        The tensors to load, and the keys of the classifier that has to be initialised instead.
+    """
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is head), None)
+    if prefix is None:
+        return dict(tensors), set()
+    wanted = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(prefix)}
+    stored = {key: tensor.shape for key, tensor in tensors.items() if key.startswith(prefix)}
+    is_other = model.num_classes != source_args.get("num_classes")
+    if stored == wanted or (wanted and not is_other):
+        return dict(tensors), set()
+    return {key: tensor for key, tensor in tensors.items() if key not in stored}, set(wanted)
+
+
+def _adapt(
+    family: registry.Family,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source_args: Mapping[str, Any],
+    source: str,
+) -> Mapping[str, Tensor]:
+    """Fits weights to other sizes, in float32 whatever the file has."""
+    if family.adapt is None:
+        return tensors
+    tensors = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    try:
+        return family.adapt(tensors, model, source_args)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise WeightsError(f"{source} cannot be fitted to the model: {error}") from error
+
+
+def _materialise(model: nn.Module) -> None:
+    """Rebuilds the buffers that no file stores; nothing may be left without values."""
+    if hasattr(model, "init_buffers"):
+        model.init_buffers()
+    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise WeightsError(
+            f"{type(model).__name__}: {', '.join(empty)} got no values; init_buffers() must rebuild them"
+        )

@@ -1,0 +1,304 @@
+"""Which models there are: the catalog that ships with medmim, and what code outside it registers.
+
+A name is `architecture` or `architecture.tag`; the tag names a set of weights, the first one listed is the default.
+Nothing here imports torch, and a weights record is validated only when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medmim.errors import SpecError, UnknownModelError
+
+if TYPE_CHECKING:
+    from medmim.spec import WeightsSpec
+
+CATALOG = Path(__file__).parent / "catalog"
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")  # medmim.spec has the same rule; importing it would cost every listing pydantic
+
+
+@dataclass(frozen=True)
+class Family:
+    """What builds the models of one family.
+
+    Attributes:
+        cls: The constructor. All arguments are given by keyword and are plain data.
+        adapt: `adapt(state, model, source_args) -> state`, which fits weights saved from a model built with
+            `source_args` to a model of another input size, patch size or number of channels; None if none can be.
+    """
+
+    cls: Callable[..., Any]
+    adapt: Callable[..., Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the registry knows about a model.
+
+    Attributes:
+        name: The architecture, without a tag.
+        family: The family that builds it; `config.json` names it too.
+        description: One line.
+        args: Arguments of the constructor.
+        tags: Words to filter by, such as "mae".
+        weights: The sets of weights, the default one first; the named one alone where a tag was asked for.
+    """
+
+    name: str
+    family: str
+    description: str
+    args: Mapping[str, Any]
+    tags: tuple[str, ...]
+    weights: tuple[WeightsSpec, ...]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A model as the catalog has it: weights are still plain data, `source` says where it was read."""
+
+    family: str
+    description: str
+    args: Mapping[str, Any]
+    tags: tuple[str, ...]
+    weights: tuple[Mapping[str, Any], ...]
+    source: str
+
+
+_registered_models: dict[str, _Entry] = {}
+_registered_families: dict[str, Family] = {}
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+def list_models(
+    filter: str | Iterable[str] = "*",
+    *,
+    exclude: str | Iterable[str] = (),
+    tags: str | Iterable[str] = (),
+    pretrained: bool = False,
+) -> list[str]:
+    """Names of architectures, in natural order.
+
+    Args:
+        filter: Wildcards, one or several of which must match: "vit_*", ["vit_t*", "vit_s*"].
+        exclude: Wildcards none of which may match.
+        tags: Words all of which the model must carry, such as "mae".
+        pretrained: Lists only architectures that have weights.
+    """
+    filter, exclude, tags = _several(filter), _several(exclude), _several(tags)
+    return sorted(
+        (
+            name
+            for name, entry in _models().items()
+            if _matches(name, filter)
+            and not _matches(name, exclude)
+            and set(tags) <= set(entry.tags)
+            and (entry.weights or not pretrained)
+        ),
+        key=_natural,
+    )
+
+
+def list_pretrained(filter: str | Iterable[str] = "*") -> list[str]:
+    """Full names, `architecture.tag`, of all weights; the wildcards match the full name or the architecture."""
+    filter = _several(filter)
+    return sorted(
+        (
+            f"{name}.{weights['tag']}"
+            for name, entry in _models().items()
+            for weights in entry.weights
+            if _matches(name, filter) or _matches(f"{name}.{weights['tag']}", filter)
+        ),
+        key=_natural,
+    )
+
+
+def is_model(name: str) -> bool:
+    """Whether `architecture` or `architecture.tag` is known."""
+    architecture, separator, tag = name.partition(".")
+    entry = _models().get(architecture)
+    return entry is not None and (not separator or any(weights["tag"] == tag for weights in entry.weights))
+
+
+def model_info(name: str) -> ModelInfo:
+    """Everything known about a model.
+
+    Args:
+        name: `architecture`, or `architecture.tag` for one set of weights alone.
+
+    Raises:
+        UnknownModelError: With the nearest names, or the tags that exist.
+        SpecError: For a weights record that says something impossible.
+    """
+    from medmim.spec import WeightsSpec
+
+    architecture, separator, tag = name.partition(".")
+    entry = _models().get(architecture)
+    if entry is None:
+        raise UnknownModelError(
+            f"there is no model {architecture!r}; {nearest(architecture, _models())}medmim.list_models() has all"
+        )
+    weights = tuple(
+        WeightsSpec.parse(data, source=f"{entry.source}: weights {data['tag']!r} of {architecture}")
+        for data in entry.weights
+        if not separator or data["tag"] == tag
+    )
+    if separator and not weights:
+        tags = ", ".join(data["tag"] for data in entry.weights)
+        raise UnknownModelError(
+            f"{architecture} has no weights tagged {tag!r}; " + (f"it has: {tags}" if tags else "it has none yet")
+        )
+    return ModelInfo(architecture, entry.family, entry.description, dict(entry.args), entry.tags, weights)
+
+
+def find_family(name: str, *, needed_by: str) -> Family:
+    """What builds the models of a family; imports it.
+
+    Args:
+        name: The family.
+        needed_by: The model or file that names it, for the error.
+
+    Raises:
+        UnknownModelError: With the families that exist.
+    """
+    if name in _registered_families:
+        return _registered_families[name]
+    families, _ = _catalog()
+    if name not in families:
+        known = ", ".join(sorted({*families, *_registered_families}))
+        raise UnknownModelError(f"{needed_by}: there is no model family {name!r}; this medmim knows: {known}")
+    paths = families[name]
+    return Family(_import(paths["class"]), _import(paths["adapt"]) if "adapt" in paths else None)
+
+
+# --- registering ------------------------------------------------------------------------------------------------------
+
+
+def register_model(
+    name: str,
+    *,
+    family: str | None = None,
+    cls: Callable[..., Any] | None = None,
+    adapt: Callable[..., Mapping[str, Any]] | None = None,
+    args: Mapping[str, Any] | None = None,
+    description: str = "",
+    tags: Sequence[str] = (),
+    weights: Sequence[WeightsSpec | Mapping[str, Any]] = (),
+) -> None:
+    """Adds a model from outside this repository: a variant of a known family, or a class of your own.
+
+    Args:
+        name: `[a-z][a-z0-9_]*`, not taken yet.
+        family: The known family that it is a variant of; with `cls`, the name of a new family (default: `name`).
+        cls: The constructor, for a new family (see `Family`); it follows the model contract of the encoders here.
+        adapt: Fits weights to other sizes, for a new family (see `Family`).
+        args: Arguments of the constructor.
+        description: One line.
+        tags: Words to filter by.
+        weights: Sets of weights, the default one first.
+
+    Raises:
+        SpecError: For a name that is taken or impossible, or weights records that are.
+        UnknownModelError: For an unknown family without `cls`.
+    """
+    from medmim.spec import WeightsSpec
+
+    for what, word in (("model", name), ("family", family or name)):
+        if not _NAME.fullmatch(word):
+            raise SpecError(f"{word!r} cannot name a {what}: use lower-case letters, digits and _, a letter first")
+    if name in _models():
+        raise SpecError(f"a model {name!r} exists already; choose another name")
+    if cls is None:
+        if family is None:
+            raise SpecError(f"{name} needs a family= that exists, or a cls= that builds it")
+        find_family(family, needed_by=name)
+    elif (family or name) in {*_catalog()[0], *_registered_families}:
+        raise SpecError(f"a model family {family or name!r} exists already; choose another name")
+    source = f"register_model({name!r})"
+    records = [data if isinstance(data, WeightsSpec) else WeightsSpec.parse(data, source=source) for data in weights]
+    if len({record.tag for record in records}) < len(records):
+        raise SpecError(f"{source}: two sets of weights have the same tag")
+    if cls is not None:
+        _registered_families[family or name] = Family(cls, adapt)
+    _registered_models[name] = _Entry(
+        family=family or name,
+        description=description,
+        args=as_arguments(args or {}),
+        tags=tuple(tags),
+        weights=tuple(record.to_data() for record in records),
+        source=source,
+    )
+
+
+# --- reading the catalog ----------------------------------------------------------------------------------------------
+
+
+@cache
+def _catalog() -> tuple[dict[str, Mapping[str, str]], dict[str, _Entry]]:
+    """Families (import paths of their class and adapter) and models of the TOML files, one family a file."""
+    families, models = {}, {}
+    for path in sorted(CATALOG.glob("*.toml")):
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        families[path.stem] = data["family"]
+        for name, model in data["models"].items():
+            models[name] = _Entry(
+                family=path.stem,
+                description=model["description"],
+                args=as_arguments({**data["family"].get("args", {}), **model.get("args", {})}),
+                tags=tuple(model.get("tags", ())),
+                weights=tuple(model.get("weights", ())),
+                source=f"catalog/{path.name}",
+            )
+    return families, models
+
+
+def _models() -> dict[str, _Entry]:
+    return {**_catalog()[1], **_registered_models}
+
+
+def _import(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def as_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments from TOML or JSON, which have lists where constructors take tuples."""
+    return {key: _as_tuple(value) for key, value in args.items()}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(each) for each in value) if isinstance(value, list | tuple) else value
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """The known words most like `word`, as a clause for an error message ("nearest: a, b; "); "" if none is alike."""
+    import difflib
+
+    alike = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"nearest: {', '.join(alike)}; " if alike else ""
+
+
+def _several(words: str | Iterable[str]) -> list[str]:
+    return [words] if isinstance(words, str) else list(words)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _natural(name: str) -> list[str | int]:
+    # re.split with a group alternates text and digits, so that only like is compared with like.
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,634 @@
+"""Building, loading and saving models: strict, bit for bit, never random numbers for weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import medmim
+from fakes import RECORD, TINY, save_tiny, tiny_decoder, tiny_model
+from medmim import checkpoints
+from medmim.errors import SpecError, UnknownModelError, WeightsError
+from medmim.models.vit import resize_patch_kernel
+
+SIZE, GRID = (32, 48, 16), (4, 3, 2)
+
+
+def volumes(model, batch: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(batch, model.in_chans, *model.img_size, generator=generator)
+
+
+def assert_same_state(first: nn.Module, second: nn.Module):
+    one, two = first.state_dict(), second.state_dict()
+    assert list(one) == list(two)
+    for key in one:
+        assert one[key].dtype == two[key].dtype
+        assert torch.equal(one[key], two[key]), key
+
+
+def rewrite(folder, change, name="model.safetensors"):
+    """Changes the tensors of a saved file, and takes the record of weights away, which would notice."""
+    tensors = load_file(folder / name)
+    change(tensors)
+    save_file(tensors, folder / name)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("weights", None)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# --- the round trip, for every model of the catalog -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in medmim.list_models() if medmim.model_info(name).family in TINY])
+def test_saved_and_loaded_is_bit_equal(name, tmp_path):
+    model = tiny_model(name, num_classes=3).eval()
+    spec = medmim.save_pretrained(model, tmp_path)
+    loaded = medmim.from_pretrained(tmp_path)
+    assert_same_state(model, loaded)
+    # The meta path gives what the normal path does, positions included, which no file stores.
+    assert dict(loaded.named_buffers()).keys() == dict(model.named_buffers()).keys()
+    assert torch.equal(loaded(volumes(model)), model(volumes(model)))
+    assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+    assert not loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert loaded.spec.to_data() == spec.to_data()
+
+
+@pytest.mark.parametrize("name", medmim.list_models())
+def test_every_model_builds_at_its_own_size(name):
+    with torch.device("meta"):
+        model = medmim.create_model(name)
+    assert model.training
+    assert model.spec.name == name
+    assert model.spec.weights is None
+    img_size = medmim.model_info(name).args["img_size"]
+    assert model.img_size == img_size
+    assert model.grid_size == tuple(side // patch for side, patch in zip(img_size, model.patch_size, strict=True))
+    assert medmim.model_info(name).family in TINY
+
+
+@pytest.mark.parametrize("name", medmim.list_pretrained())
+def test_every_packaged_set_of_weights_loads_offline_and_keeps_its_promise(name):
+    from medmim import hub
+    from medmim.golden import GOLDEN_FILE, golden_outputs
+
+    if not (hub.PACKAGED / name).is_dir():
+        pytest.skip(f"{name} does not ship with the source")
+    model = medmim.create_model(name, pretrained=True)
+    decoder = medmim.create_decoder(model) if model.spec.weights.decoder else None
+    golden = load_file(hub.PACKAGED / name / GOLDEN_FILE)
+    outputs = golden_outputs(model, decoder)
+    assert outputs.keys() == golden.keys()
+    for key, expected in golden.items():
+        torch.testing.assert_close(outputs[key], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_file_keeps_the_dtype_and_the_model_is_float32(dtype, tmp_path):
+    model = tiny_model().to(dtype)
+    medmim.save_pretrained(model, tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    assert_same_state(medmim.from_pretrained(tmp_path), copy.deepcopy(model).float())
+    same = medmim.from_pretrained(tmp_path, dtype=dtype)
+    assert_same_state(same, model)
+    assert {buffer.dtype for buffer in same.buffers()} == {dtype}
+
+
+def test_device_and_dtype_without_weights():
+    model = tiny_model(device="meta", dtype=torch.bfloat16)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_device_with_weights(tiny_folder):
+    model = medmim.from_pretrained(tiny_folder[0], device="cuda", dtype=torch.float16, num_classes=2)
+    assert all(t.is_cuda and t.dtype == torch.float16 for t in (*model.parameters(), *model.buffers()))
+    assert all(t.is_cuda and t.dtype == torch.float16 for t in medmim.create_decoder(model).parameters())
+
+
+def test_a_large_model_is_sharded(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 250_000)
+    model = tiny_model()
+    spec = medmim.save_pretrained(model, tmp_path, weights={**RECORD, "decoder_spec": None})
+    assert len(spec.weights.encoder) > 1
+    assert all(file.size < 260_000 for file in spec.weights.encoder)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(model.state_dict())
+    assert_same_state(medmim.from_pretrained(tmp_path), model)
+
+    rewrite(tmp_path, lambda tensors: None, spec.weights.encoder[0].name)  # now only the index says which shards
+    assert_same_state(medmim.from_pretrained(tmp_path), model)
+
+    monkeypatch.undo()
+    medmim.save_pretrained(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_all_kinds_give_the_same_weights(tiny_weights):
+    from medmim import hub
+
+    folder = hub.PACKAGED / "tiny.fake"
+    model = medmim.create_model("tiny", pretrained=True)
+    assert model.spec == tiny_weights.model_copy(update={"architecture": "tiny"})
+    assert model.spec.name == "tiny.fake"
+    assert_same_state(model, tiny_model())
+    assert_same_state(medmim.create_model("tiny.fake", pretrained=True), model)
+    assert_same_state(medmim.create_model(f"local-dir:{folder}", pretrained=True), model)
+    assert_same_state(medmim.from_pretrained(folder), model)
+    assert_same_state(medmim.from_pretrained(str(folder)), model)
+    file = folder / "model.safetensors"
+    loaded = medmim.create_model("tiny", checkpoint_path=file)
+    assert_same_state(loaded, model)
+    assert loaded.spec.weights is None
+
+
+def test_without_pretrained_a_folder_gives_the_architecture_alone(tiny_folder):
+    folder, spec = tiny_folder
+    torch.manual_seed(5)
+    model = medmim.create_model(f"local-dir:{folder}", depth=1)
+    assert model.training
+    assert model.spec.weights is None
+    assert model.spec.args == {**spec.args, "depth": 1}
+    assert not torch.equal(model.norm.weight + model.blocks[0].attn.qkv.weight[0], tiny_model().norm.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("vit_t_mae", UnknownModelError, "nearest: vit_t_mae3d"),
+        ("org/name", UnknownModelError, "'hf-hub:org/name' for a Hub repository or 'local-dir:org/name' for a folder"),
+        ("./folder", UnknownModelError, "'local-dir:./folder' for a folder"),
+        ("hf_hub:org/name", UnknownModelError, "there is no source 'hf_hub'; write hf-hub:org/name or local-dir:path"),
+        ("hf-hub:name", WeightsError, "'name' is not the name of a repository"),
+        ("hf-hub:../../etc", WeightsError, "'../../etc' is not the name of a repository"),
+        ("local-dir:nowhere", WeightsError, "nowhere: there is no such folder"),
+        ("vit_t_mae3d.nothing", UnknownModelError, "no weights tagged 'nothing'"),
+    ],
+)
+def test_wrong_names(name, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        medmim.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("img_sizes", "vit_t_mae3d: there is no argument 'img_sizes'; nearest: img_size"),
+        ("num_class", "nearest: num_classes"),
+        ("pretrain", "there is no argument 'pretrain'; "),
+        ("xyz", "there is no argument 'xyz'; accepted: img_size, patch_size, in_chans"),
+    ],
+)
+def test_a_wrong_argument_gets_the_accepted_ones(argument, message):
+    with pytest.raises(UnknownModelError, match=re.escape(message)) as error:
+        medmim.create_model("vit_t_mae3d", **{argument: 1})
+    assert "global_pool" in str(error.value)
+
+
+@pytest.mark.parametrize("args", [{"img_size": 96}, {"img_size": (33, 48, 16)}, {"num_heads": 7}, {"pos_embed": "x"}])
+def test_impossible_arguments_are_one_error(args):
+    with pytest.raises(SpecError, match="vit_t_mae3d cannot be built with these arguments: "):
+        medmim.create_model("vit_t_mae3d", **args)
+
+
+def test_a_path_that_is_neither_folder_nor_repository(tmp_path):
+    with pytest.raises(WeightsError, match=r"neither a folder that exists nor a repository .* create_model"):
+        medmim.from_pretrained(tmp_path / "missing")
+    with pytest.raises(WeightsError, match="neither"):
+        medmim.from_pretrained("vit_t_mae3d")
+    with pytest.raises(WeightsError, match="no revision 'main'"):
+        medmim.from_pretrained(tmp_path, revision="main")
+    with pytest.raises(WeightsError, match=r"not a model folder, it has no config.json"):
+        medmim.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="give one of them"):
+        medmim.create_model("hf-hub:org/name@v1", revision="v2")
+    with pytest.raises(WeightsError, match="pinned"):
+        medmim.create_model("vit_t_mae3d", revision="v2")
+
+
+# --- never random -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_do_not_exist_are_an_error_that_helps(tiny_weights):
+    with pytest.raises(WeightsError) as error:
+        medmim.create_model("vit_l_mae3d_p8", pretrained=True)
+    message = str(error.value)
+    assert message.startswith("vit_l_mae3d_p8 has no weights yet; weights exist for: ")
+    for part in (*medmim.list_pretrained(), "tiny.fake", "medmim-train publish", "local-dir:PATH", "hf-hub:ORG/NAME"):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("norm.weight"), "missing: norm.weight (48,)"),
+        (lambda t: t.update(extra=torch.zeros(2, 3)), "unexpected: extra (2, 3)"),
+        (
+            lambda t: t.update({"norm.weight": torch.zeros(47)}),
+            "of another shape: norm.weight (47,) for (48,)",
+        ),
+        (
+            lambda t: t.update({"norm.weight": torch.zeros(48, dtype=torch.int64)}),
+            "of another type: norm.weight torch.int64 for torch.float32",
+        ),
+        (lambda t: t.clear() or t.update(x=torch.zeros(1)), " and 24 more; unexpected: x (1,)"),
+        (
+            lambda t: t.update({"head.weight": torch.zeros(2, 48), "head.bias": torch.zeros(3)}),
+            "of another shape: head.weight (2, 48) for (3, 48)",
+        ),
+        (lambda t: t.pop("head.bias"), "missing: head.bias (3,)"),
+    ],
+)
+def test_what_does_not_fit_is_listed(change, message, tmp_path):
+    medmim.save_pretrained(tiny_model(num_classes=3), tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(WeightsError, match=re.escape(message)) as error:
+        medmim.from_pretrained(tmp_path)
+    assert str(error.value).startswith(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "args", [{"depth": 3}, {"embed_dim": 24}, {"class_token": True}, {"init_values": 0.1}, {"pos_embed": "learned"}]
+)
+def test_another_architecture_is_refused(args, tiny_folder):
+    with pytest.raises(WeightsError, match="does not fit the model"):
+        medmim.from_pretrained(tiny_folder[0], **args)
+
+
+def test_what_cannot_be_fitted_to_other_sizes_is_refused(tmp_path):
+    medmim.save_pretrained(tiny_model(), tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({"patch_embed.proj.weight": torch.zeros(48, 1, 8)}))
+    with pytest.raises(WeightsError, match="cannot be fitted to the model"):
+        medmim.from_pretrained(tmp_path, in_chans=2)
+
+
+def flip_last_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def pickle_instead(path):
+    torch.save({"norm.weight": torch.zeros(48)}, path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "decoder.safetensors"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_last_byte, "damaged (its sha256 is "),
+        (truncate, "damaged (it has "),
+        (pickle_instead, "damaged (it has "),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+)
+def test_damaged_files_are_refused(name, damage, message, tiny_folder):
+    folder, _ = tiny_folder
+    damage(folder / name)
+    with pytest.raises(WeightsError, match=re.escape(message)) as error:
+        medmim.create_decoder(medmim.from_pretrained(folder))
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "not a whole safetensors file"),
+        (pickle_instead, "a pickle (.pth, .ckpt), which can run code"),
+        (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "a pickle"),
+        (lambda path: path.write_bytes(b""), "not a safetensors file"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "not a safetensors file"),
+        (lambda path: path.write_bytes(b"\xff" * 8 + b"{}"), "not a whole safetensors file"),
+        (lambda path: path.unlink() or path.mkdir(), "cannot be read"),
+        (lambda path: path.unlink(), "cannot be read"),
+    ],
+)
+def test_files_without_a_record_are_checked_too(damage, message, tiny_folder):
+    path = tiny_folder[0] / "model.safetensors"
+    damage(path)
+    with pytest.raises(WeightsError, match=re.escape(message)) as error:
+        medmim.create_model("vit_t_mae3d", checkpoint_path=path, **TINY["vit"])
+    assert str(error.value).startswith(str(path))
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    for name in ("a", "b"):
+        save_file({"x": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(WeightsError, match="x is stored in another shard already"):
+        checkpoints.read_tensors([tmp_path / "a", tmp_path / "b"])
+
+
+def test_truncating_the_file_under_a_live_model_is_harmless(tiny_folder):
+    folder, _ = tiny_folder
+    model = medmim.from_pretrained(folder)
+    with open(folder / "model.safetensors", "rb+") as file:
+        file.truncate(16)
+    assert model(volumes(model)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda c: c.update(family="swin"), UnknownModelError, "there is no model family 'swin'"),
+        (lambda c: c.update(family="os:path"), SpecError, "config.json: family"),
+        (lambda c: c["args"].update(later=1), UnknownModelError, "there is no argument 'later'"),
+        (lambda c: c["args"].update(depth="deep"), SpecError, "cannot be built"),
+        (lambda c: c.update(medmim=99), SpecError, "config.json: medmim"),
+        (lambda c: c["weights"].update(converter="evil"), WeightsError, "converter 'evil'"),
+        (lambda c: c["weights"]["encoder"][0].update(name="../x"), SpecError, "inside the model folder"),
+    ],
+)
+def test_a_bad_config_is_refused(change, error, message, tiny_folder):
+    folder, _ = tiny_folder
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=re.escape(message)):
+        medmim.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+# --- fitting to another shape -----------------------------------------------------------------------------------------
+
+
+def test_another_input_size(tiny_folder):
+    size = (16, 32, 40)
+    model = medmim.from_pretrained(tiny_folder[0], img_size=size)
+    expected = tiny_model().eval()
+    expected.set_input_size(size)
+    assert_same_state(model, expected)
+    assert torch.equal(model(volumes(model)), expected(volumes(model)))
+    assert model.spec.args["img_size"] == size
+    assert model.spec.name == "vit_t_mae3d.fake"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_input_size_with_learned_positions(dtype, tmp_path):
+    source = tiny_model(pos_embed="learned").to(dtype)
+    medmim.save_pretrained(source, tmp_path)
+    model = medmim.from_pretrained(tmp_path, img_size=(32, 16, 48))
+    source.float().set_input_size((32, 16, 48))
+    assert_same_state(model, source)
+
+
+def test_another_patch_size_is_fitted_in_float32(tmp_path):
+    source = tiny_model().to(torch.bfloat16)
+    medmim.save_pretrained(source, tmp_path)
+    model = medmim.from_pretrained(tmp_path, patch_size=(16, 8, 8))
+    expected = resize_patch_kernel(source.patch_embed.proj.weight.float(), (16, 8, 8))
+    assert torch.equal(model.patch_embed.proj.weight, expected)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight.float())
+    assert model.grid_size == (2, 6, 2)
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [(1, 3), (3, 1), (2, 5)])
+def test_another_number_of_channels(saved, wanted, tmp_path):
+    source = tiny_model(in_chans=saved).eval()
+    medmim.save_pretrained(source, tmp_path)
+    model = medmim.from_pretrained(tmp_path, in_chans=wanted)
+    assert model.in_chans == model.spec.args["in_chans"] == wanted
+    if saved == 1:  # the same volume in every channel means what it meant
+        x = volumes(source)
+        torch.testing.assert_close(model(x.expand(-1, wanted, -1, -1, -1)), source(x))
+
+
+@pytest.mark.parametrize("how", ["folder", "file"])
+@pytest.mark.parametrize(("saved", "wanted"), [(0, 3), (3, 0), (3, 5), (3, 3)])
+def test_another_number_of_classes(how, saved, wanted, tmp_path):
+    source = tiny_model(num_classes=saved).eval()
+    medmim.save_pretrained(source, tmp_path)
+    torch.manual_seed(7)
+    if how == "folder":
+        model = medmim.from_pretrained(tmp_path, num_classes=wanted)
+    else:
+        file = tmp_path / "model.safetensors"
+        model = medmim.create_model("vit_t_mae3d", checkpoint_path=file, **TINY["vit"], num_classes=wanted)
+    assert model.num_classes == wanted
+    x = volumes(source)
+    assert torch.equal(model.forward_features(x), source.forward_features(x))
+    assert model(x).shape == (2, wanted or 48)
+    if saved == wanted:
+        assert torch.equal(model(x), source(x))
+    elif wanted:
+        assert 0.01 < model.head.weight.std() < 0.03
+        assert not model.head.bias.any()
+
+
+def test_several_changes_at_once(tmp_path):
+    save_tiny(tmp_path)
+    args = {"img_size": (32, 32, 64), "patch_size": (16, 16, 16), "in_chans": 4, "num_classes": 2}
+    model = medmim.from_pretrained(tmp_path, **args, dtype=torch.float64)
+    assert model(volumes(model).double()).shape == (2, 2)
+    assert {key: model.spec.args[key] for key in args} == args
+    medmim.save_pretrained(model, tmp_path / "again")
+    assert_same_state(medmim.from_pretrained(tmp_path / "again", dtype=torch.float64), model)
+
+
+# --- the decoder ------------------------------------------------------------------------------------------------------
+
+
+def test_the_decoder_comes_with_the_weights(tiny_weights):
+    model = medmim.create_model("tiny", pretrained=True)
+    decoder = medmim.create_decoder(model)
+    expected = tiny_decoder(model).eval()
+    assert_same_state(decoder, expected)
+    assert not decoder.training
+    tokens = torch.arange(math.prod(GRID))[None]
+    features = model.forward_visible(volumes(model, 1), tokens[:, ::4])
+    inputs = (features, tokens[:, ::4], tokens[:, 1::4])
+    assert torch.equal(decoder(*inputs), expected(*inputs))
+
+
+def test_the_decoder_follows_the_model(tiny_folder):
+    model = medmim.from_pretrained(tiny_folder[0], img_size=(16, 32, 40), dtype=torch.bfloat16)
+    decoder = medmim.create_decoder(model)
+    assert decoder.grid_size == model.grid_size == (2, 2, 5)
+    assert decoder.pos_embed.shape[1] == 20
+    assert {tensor.dtype for tensor in (*decoder.parameters(), *decoder.buffers())} == {torch.bfloat16}
+    assert_same_state(medmim.create_decoder(copy.deepcopy(model)), decoder)
+
+
+def without_decoder(weights):
+    return weights.model_copy(update={"decoder": None})
+
+
+def of_another_kind(weights):
+    return weights.model_copy(update={"decoder_spec": weights.decoder_spec.model_copy(update={"kind": "jepa"})})
+
+
+def for_other_patches(weights):
+    args = {"patch_size": [16, 8, 8], "in_chans": 1}  # as many voxels as the model's: shapes would fit
+    return weights.model_copy(update={"decoder_spec": weights.decoder_spec.model_copy(update={"args": args})})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_decoder, "published without its decoder"),
+        (of_another_kind, "a decoder of kind 'jepa'"),
+        (for_other_patches, "is for patch_size (16, 8, 8), the model has (8, 16, 8)"),
+        (lambda weights: None, "holds no published weights"),
+    ],
+)
+def test_no_decoder_is_made_up(change, message, tiny_folder):
+    model = medmim.from_pretrained(tiny_folder[0])
+    model.spec = model.spec.model_copy(update={"weights": change(model.spec.weights)})
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        medmim.create_decoder(model)
+
+
+def test_a_model_of_other_patches_has_no_decoder(tiny_folder):
+    model = medmim.from_pretrained(tiny_folder[0], patch_size=(16, 16, 16))
+    with pytest.raises(WeightsError, match="does not fit the model"):
+        medmim.create_decoder(model)
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_model_folder_holds(tiny_folder):
+    folder, spec = tiny_folder
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "decoder.safetensors", "model.safetensors"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config == spec.to_data()
+    assert config["args"]["img_size"] == list(SIZE)
+    assert spec.weights.encoder[0].size == (folder / "model.safetensors").stat().st_size
+
+
+def test_a_model_loaded_and_saved_keeps_its_record_but_not_its_publication(tiny_folder, tmp_path):
+    folder, spec = tiny_folder
+    model = medmim.from_pretrained(folder)
+    published = {"repo": "org/name", "revision": "a" * 40, "golden": spec.weights.encoder[0]}
+    model.spec = spec.model_copy(update={"weights": spec.weights.model_copy(update=published)})
+    with torch.no_grad():
+        model.norm.bias.add_(1)
+    saved = medmim.save_pretrained(model, tmp_path / "tuned")
+    assert saved.weights.volume == spec.weights.volume
+    assert saved.weights.license == spec.weights.license
+    assert saved.weights.encoder != spec.weights.encoder
+    for field in ("repo", "revision", "golden", "decoder", "decoder_spec"):
+        assert getattr(saved.weights, field) is None
+    assert_same_state(medmim.from_pretrained(tmp_path / "tuned"), model)
+
+
+def test_what_was_changed_by_the_models_own_methods_is_saved(tiny_folder, tmp_path):
+    model = medmim.from_pretrained(tiny_folder[0])
+    model.set_input_size((16, 32, 40), (8, 16, 8))
+    model.reset_classifier(4)
+    saved = medmim.save_pretrained(model, tmp_path / "task")
+    assert (saved.args["num_classes"], saved.args["img_size"]) == (4, (16, 32, 40))
+    loaded = medmim.from_pretrained(tmp_path / "task")
+    assert torch.equal(loaded(volumes(model)), model(volumes(model)))
+
+
+def test_a_model_its_spec_does_not_describe_is_not_saved(tmp_path):
+    model = tiny_model()
+    model.prune_intermediate_layers([0])
+    with pytest.raises(WeightsError, match=r"changed since it was built, .*missing: blocks\.1"):
+        medmim.save_pretrained(model, tmp_path / "pruned")
+    model.spec = None
+    with pytest.raises(WeightsError, match="has no spec"):
+        medmim.save_pretrained(model, tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ({**RECORD, "license": None}, SpecError, "weights: license"),
+        ({**RECORD, "decoder_spec": None}, WeightsError, "'decoder_spec'"),
+        (None, WeightsError, "'decoder_spec'"),
+    ],
+)
+def test_a_failed_save_leaves_what_was_there(weights, error, message, tiny_folder):
+    folder, _ = tiny_folder
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = tiny_model(depth=1)
+    with pytest.raises(error, match=message):
+        medmim.save_pretrained(model, folder, decoder=tiny_decoder(model), weights=weights)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# --- models from outside ----------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """The least a registered class can be: no classifier, no adapter, a buffer that no file stores."""
+
+    def __init__(self, width: int = 3, *, scale: float = 2.0, forgets: bool = False):
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+        self.scale, self.forgets = scale, forgets
+        self.register_buffer("count", torch.tensor(7))
+        self.register_buffer("table", torch.full((2,), scale), persistent=False)
+
+    def init_buffers(self):
+        if not self.forgets:
+            self.table = torch.full((2,), self.scale)
+
+
+def test_a_registered_class_is_built_saved_and_loaded(registry, tmp_path):
+    medmim.register_model("linear", cls=Linear, args={"width": 5})
+    model = medmim.create_model("linear", scale=3.0)
+    medmim.save_pretrained(model, tmp_path)
+    loaded = medmim.from_pretrained(tmp_path)
+    assert isinstance(loaded, Linear)
+    assert_same_state(loaded, model)
+    assert loaded.count == 7
+    assert loaded.table.tolist() == [3.0, 3.0]
+    with pytest.raises(WeightsError, match="linear has no weights yet"):
+        medmim.create_model("linear", pretrained=True)
+    with pytest.raises(WeightsError, match=r"Linear: table got no values; init_buffers\(\) must rebuild"):
+        medmim.from_pretrained(tmp_path, forgets=True)
+
+
+def test_arguments_that_are_no_plain_data_cannot_be_saved(registry, tmp_path):
+    medmim.register_model("linear", cls=Linear)
+    model = medmim.create_model("linear")
+    model.spec = model.spec.model_copy(update={"args": {"forgets": object()}})
+    with pytest.raises(SpecError, match="only plain data"):
+        medmim.save_pretrained(model, tmp_path)
+
+
+# --- without a network ------------------------------------------------------------------------------------------------
+
+
+def test_packaged_weights_need_no_network(tiny_weights, tmp_path):
+    from medmim import hub
+
+    code = f"""
+import json, socket
+class NoNetwork(socket.socket):
+    def __init__(self, *args, **kwargs):
+        raise RuntimeError("a socket was opened")
+socket.socket = NoNetwork
+import pathlib, medmim, medmim.hub
+medmim.hub.PACKAGED = pathlib.Path({str(hub.PACKAGED)!r})
+spec = json.loads((medmim.hub.PACKAGED / "tiny.fake" / "config.json").read_text())
+medmim.register_model("tiny", family="vit", args=spec["args"], weights=[spec["weights"] | {{"repo": "org/name"}}])
+model = medmim.create_model("tiny", pretrained=True)
+medmim.create_decoder(model)
+print(model.spec.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "tiny.fake"

@@ -1,0 +1,399 @@
+"""Where files come from, over the real huggingface_hub client against a double on the loopback address."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants, scan_cache_dir
+
+import medmim
+from fakes import tiny_model
+from hubdouble import COMMIT, HubDouble
+from medmim import hub
+from medmim.errors import SpecError, WeightsError
+from medmim.spec import FileSpec
+
+REPO = "org/tiny.fake"
+FILES = ("config.json", "model.safetensors", "decoder.safetensors")
+
+
+@pytest.fixture
+def double(tiny_folder):
+    """A running hub with one repository."""
+    with HubDouble() as double:
+        double.add_folder(REPO, tiny_folder[0])
+        yield double
+
+
+@pytest.fixture
+def access(double, tmp_path):
+    """Keywords that make create_model use the double, with an empty cache."""
+    return {"endpoint": double.endpoint, "cache_dir": tmp_path / "cache"}
+
+
+@pytest.fixture
+def published(registry, tiny_folder):
+    """The same weights in the catalog as "tiny.fake", published at REPO and not installed: their record."""
+    weights = tiny_folder[1].weights.model_copy(update={"repo": REPO, "revision": COMMIT})
+    registry.register_model("tiny", family="vit", args=tiny_folder[1].args, weights=[weights])
+    return weights
+
+
+def resolve_paths(double) -> list[str]:
+    """What was asked of the double since the last call, without the repository."""
+    paths = [request.replace(f"/{REPO}/resolve/", "") for request in double.requests]
+    double.requests.clear()
+    return paths
+
+
+def blob(cache_dir, name) -> Path:
+    (pointer,) = Path(cache_dir).glob(f"models--*/snapshots/*/{name}")
+    return pointer.resolve()
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+# --- from a hub -------------------------------------------------------------------------------------------------------
+
+
+def test_from_the_hub_bit_for_bit(double, access):
+    model = medmim.from_pretrained(REPO, **access)
+    for key, tensor in tiny_model().state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor)
+    assert model.spec.weights.repo == REPO
+    assert model.spec.weights.revision == COMMIT
+    assert any(agent.startswith(f"medmim/{medmim.__version__}") for agent in double.agents)
+
+
+def test_the_branch_costs_one_request_and_the_commit_none(double, access):
+    medmim.create_model(f"hf-hub:{REPO}", pretrained=True, **access)
+    assert resolve_paths(double) == [
+        "HEAD main/config.json",
+        "GET main/config.json",
+        # The rest is of the commit that config.json was of.
+        f"HEAD {COMMIT}/model.safetensors",
+        f"GET {COMMIT}/model.safetensors",
+    ]
+    medmim.create_model(f"hf-hub:{REPO}", pretrained=True, **access)
+    assert resolve_paths(double) == ["HEAD main/config.json"]
+    medmim.create_model(f"hf-hub:{REPO}@{COMMIT}", pretrained=True, **access)
+    medmim.from_pretrained(REPO, revision=COMMIT, **access)
+    medmim.create_model(f"hf-hub:{REPO}", pretrained=True, local_files_only=True, **access)
+    assert resolve_paths(double) == []
+
+
+def test_without_pretrained_only_the_config_is_fetched(double, access):
+    medmim.create_model(f"hf-hub:{REPO}", **access)
+    assert {path.split()[1] for path in resolve_paths(double)} == {"main/config.json"}
+
+
+def test_weights_of_the_catalog_are_pinned(double, access, published):
+    model = medmim.create_model("tiny", pretrained=True, **access)
+    assert model.spec.weights == published
+    assert resolve_paths(double) == [f"HEAD {COMMIT}/model.safetensors", f"GET {COMMIT}/model.safetensors"]
+    medmim.create_decoder(model)
+    assert resolve_paths(double) == [f"HEAD {COMMIT}/decoder.safetensors", f"GET {COMMIT}/decoder.safetensors"]
+    double.failure = 503, {}
+    medmim.create_decoder(medmim.create_model("tiny.fake", pretrained=True, **access))
+    assert resolve_paths(double) == []
+
+
+def test_a_repository_without_a_record_works_too(double, access, tmp_path):
+    medmim.save_pretrained(tiny_model(), tmp_path / "plain")
+    double.add_folder("org/plain", tmp_path / "plain")
+    model = medmim.from_pretrained("org/plain", **access)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, tiny_model().blocks[0].attn.qkv.weight)
+
+
+def test_a_private_repository_needs_the_token_and_no_model_keeps_it(double, access):
+    double.token = "hf_secret"
+    with pytest.raises(WeightsError, match="no such repository, or a private one; check the name, set HF_TOKEN"):
+        medmim.from_pretrained(REPO, **access)
+    model = medmim.from_pretrained(REPO, token="hf_secret", **access)
+    assert b"hf_secret" not in pickle.dumps(model)
+    assert "hf_secret" not in repr(hub.HubAccess(token="hf_secret"))
+
+
+# --- damaged downloads ------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_byte_is_fetched_again(double, access):
+    double.damaged = 1
+    model = medmim.from_pretrained(REPO, **access)
+    assert torch.equal(model.norm.bias, tiny_model().norm.bias)
+    assert resolve_paths(double).count(f"GET {COMMIT}/model.safetensors") == 2
+
+
+def test_a_byte_that_stays_flipped_is_an_error(double, access, tiny_folder):
+    double.damaged = 99
+    with pytest.raises(WeightsError) as error:
+        medmim.from_pretrained(REPO, **access)
+    expected = tiny_folder[1].weights.encoder[0].sha256
+    for part in ("model.safetensors", REPO, double.endpoint, f"expected {expected}", "its sha256 is", "fetched twice"):
+        assert part in str(error.value)
+    assert resolve_paths(double).count(f"GET {COMMIT}/model.safetensors") == 2
+    double.damaged = 0
+    medmim.from_pretrained(REPO, **access)
+
+
+def test_a_blob_is_hashed_once(access, double, monkeypatch):
+    hashed = []
+    sha256 = hub._sha256
+    monkeypatch.setattr(hub, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    medmim.from_pretrained(REPO, **access)
+    medmim.from_pretrained(REPO, **access)
+    assert hashed == ["model.safetensors"]
+
+
+def test_a_blob_that_changed_since_is_hashed_again(double, access):
+    medmim.from_pretrained(REPO, **access)
+    damage(blob(access["cache_dir"], "model.safetensors"))
+    resolve_paths(double)
+    model = medmim.from_pretrained(REPO, revision=COMMIT, **access)
+    assert torch.equal(model.norm.bias, tiny_model().norm.bias)
+    assert f"GET {COMMIT}/model.safetensors" in resolve_paths(double)
+
+
+def test_a_damaged_blob_without_a_network_is_an_error(double, access):
+    medmim.from_pretrained(REPO, **access)
+    path = blob(access["cache_dir"], "model.safetensors")
+    damage(path)
+    with pytest.raises(WeightsError, match=r"damaged in the cache .* load it once with the network on"):
+        medmim.from_pretrained(REPO, local_files_only=True, **access)
+    assert path.exists()
+
+
+def test_what_is_remembered_leaves_the_cache_in_order(access):
+    medmim.from_pretrained(REPO, **access)
+    found = scan_cache_dir(access["cache_dir"])
+    assert not found.warnings
+    assert len(found.repos) == 1
+    found.delete_revisions(COMMIT).execute()
+    assert not list(access["cache_dir"].glob("models--*"))
+
+
+def test_a_shared_blob_behind_the_blob_is_discarded_too(tmp_path):
+    (tmp_path / "shared").write_text("x")
+    (tmp_path / "blob").symlink_to(tmp_path / "shared")
+    (tmp_path / "pointer").symlink_to("blob")
+    hub.Repository._discard(tmp_path / "pointer")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_read_only_cache_is_hashed_each_time(access, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(hub, "atomic_write", refuse)
+    medmim.from_pretrained(REPO, **access)
+    assert not list(access["cache_dir"].glob("models--*/.medmim-verified/*"))
+    damage(blob(access["cache_dir"], "model.safetensors"))
+    with pytest.raises(WeightsError, match="damaged in the cache"):
+        medmim.from_pretrained(REPO, local_files_only=True, **access)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf-hub:org/missing", "no such repository, or a private one"),
+        (f"hf-hub:{REPO}@v9", "there is no such revision"),
+    ],
+)
+def test_what_is_not_there(name, message, access):
+    with pytest.raises(WeightsError, match=message) as error:
+        medmim.create_model(name, pretrained=True, **access)
+    assert str(error.value).startswith("config.json of org/")
+    assert access["endpoint"] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("config.json", "not a model folder, it has no config.json"),
+        ("model.safetensors", "has no file model.safetensors"),
+    ],
+)
+def test_a_file_that_is_not_there(file, message, access, double):
+    del double.repos[REPO][file]
+    with pytest.raises(WeightsError, match=message):
+        medmim.from_pretrained(REPO, **access)
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ((401, {"X-Error-Code": "GatedRepo"}), "it is gated; ask for access on its page, then set HF_TOKEN"),
+        ((403, {"X-Error-Code": "GatedRepo"}), "it is gated"),
+        ((401, {"X-Error-Message": "Invalid credentials in Authorization header"}), "set HF_TOKEN or pass token="),
+        ((403, {}), "a private one; check the name, set HF_TOKEN"),
+        ((404, {"X-Error-Code": "RepoNotFound"}), "no such repository"),
+    ],
+)
+def test_refusals_say_what_to_do(failure, message, access, double):
+    double.failure = failure
+    with pytest.raises(WeightsError, match=message) as error:
+        medmim.from_pretrained(REPO, **access)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "the disk is full; free space, or set HF_HOME"),
+        (PermissionError(13, "Permission denied", "/cache"), r"the cache cannot be written \(/cache\); set HF_HOME"),
+        (OSError(30, "Read-only file system", "/cache"), r"the cache cannot be written \(/cache\)"),
+        (RuntimeError("404 for https://h/api/models/a/b/xet-read-token/x"), "set HF_HUB_DISABLE_XET=1"),
+        (TimeoutError("timed out"), r"\(TimeoutError timed out\); try again, or set HF_ENDPOINT to a mirror"),
+    ],
+)
+def test_faults_of_the_machine_say_what_to_do(error, message, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(WeightsError, match=message) as caught:
+        medmim.from_pretrained(REPO)
+    assert str(caught.value).startswith(f"config.json of {REPO}@main could not be fetched from {constants.ENDPOINT}")
+
+
+def test_offline_and_not_cached(access):
+    with pytest.raises(WeightsError, match="not in the cache and the network is off; fetch it once online"):
+        medmim.from_pretrained(REPO, local_files_only=True, **access)
+
+
+def test_offline_by_environment(access):
+    medmim.from_pretrained(REPO, **access)
+    code = f"""
+import medmim
+medmim.from_pretrained({REPO!r}, cache_dir={str(access["cache_dir"])!r})
+try:
+    medmim.from_pretrained("org/other", cache_dir={str(access["cache_dir"])!r})
+except medmim.WeightsError as error:
+    assert "the network is off" in str(error), error
+else:
+    raise SystemExit("loaded what is not there")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+# --- MEDMIM_HUB -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def local_hub(tiny_folder, tmp_path, monkeypatch):
+    """A folder laid out as the Hub, which MEDMIM_HUB points to."""
+    root = tmp_path / "hub"
+    (root / "org").mkdir(parents=True)
+    tiny_folder[0].rename(root / REPO)
+    monkeypatch.setenv("MEDMIM_HUB", str(root))
+    return root
+
+
+def test_a_local_hub_replaces_the_hub(local_hub, published):
+    for name in ("tiny", "tiny.fake", f"hf-hub:{REPO}"):
+        model = medmim.create_model(name, pretrained=True)
+        assert torch.equal(model.norm.weight, tiny_model().norm.weight)
+        medmim.create_decoder(model)
+    damage(local_hub / REPO / "model.safetensors")
+    with pytest.raises(WeightsError, match="damaged"):
+        medmim.create_model("tiny", pretrained=True)
+
+
+def test_a_local_hub_is_never_left(local_hub, published):
+    shutil.rmtree(local_hub / REPO)
+    for name in ("tiny", f"hf-hub:{REPO}"):
+        with pytest.raises(WeightsError, match=f"MEDMIM_HUB={local_hub} has no folder {REPO}"):
+            medmim.create_model(name, pretrained=True)
+    with pytest.raises(WeightsError, match="one version of each model; leave out the revision 'v1'"):
+        medmim.create_model(f"hf-hub:{REPO}@v1", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "folder"),
+    [("hospital", None), ("./hub", Path("hub")), ("/data/hub", Path("/data/hub")), ("~/hub", Path.home() / "hub")],
+)
+def test_a_namespace_is_told_from_a_path(value, folder, monkeypatch):
+    monkeypatch.setenv("MEDMIM_HUB", value)
+    assert hub._local_hub() == folder
+
+
+def test_another_namespace_is_checked_by_digest(double, access, published, monkeypatch):
+    double.repos["hospital/tiny.fake"] = double.repos.pop(REPO)
+    monkeypatch.setenv("MEDMIM_HUB", "hospital")
+    medmim.create_model("tiny", pretrained=True, **access)
+    assert {path.split("/resolve/")[0].split("/", 1)[1] for path in double.requests} == {"hospital/tiny.fake"}
+    with pytest.raises(WeightsError, match="no such repository"):  # what the caller names is left as it is
+        medmim.create_model(f"hf-hub:{REPO}", pretrained=True, **access)
+
+
+def test_what_is_installed_goes_before_everything(tiny_weights, monkeypatch):
+    monkeypatch.setenv("MEDMIM_HUB", "/nowhere")
+    medmim.create_model("tiny", pretrained=True)
+    (hub.PACKAGED / "tiny.fake" / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=re.escape(f"tiny.fake is not in {hub.PACKAGED} and was never published")):
+        medmim.create_model("tiny", pretrained=True)
+
+
+# --- files that cannot be trusted -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (b"", WeightsError, "not readable as JSON"),
+        (b"\xff\xfe", WeightsError, "not readable as JSON"),
+        (b"[" * 100_000, WeightsError, "not readable as JSON"),
+        (b" " * 2_000_000, WeightsError, "larger than"),
+        (b"[]", SpecError, "top level"),
+        (b'{"medmim": 1}', SpecError, "architecture"),
+    ],
+)
+def test_a_config_that_is_none(content, error, message, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(error, match=message) as caught:
+        hub.read_model(hub.Folder(tmp_path))
+    assert str(caught.value).startswith(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/x.safetensors", "a/b.safetensors", "x.pth", "..", ""])
+def test_an_index_names_files_beside_it_only(name, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(WeightsError, match="must be a safetensors file beside the index"):
+        hub.fetch_encoder(hub.Folder(tmp_path), None)
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"x": 1}}])
+def test_an_index_that_is_none(index, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match="weight_map must map tensors to files"):
+        hub.fetch_encoder(hub.Folder(tmp_path), None)
+
+
+def test_a_missing_shard_or_no_file_at_all(tmp_path):
+    with pytest.raises(WeightsError, match=r"neither model\.safetensors nor"):
+        hub.fetch_encoder(hub.Folder(tmp_path), None)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}')
+    with pytest.raises(WeightsError, match="not all of its shards are there"):
+        hub.fetch_encoder(hub.Folder(tmp_path), None)
+
+
+def test_a_file_is_described_as_it_is(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert hub.describe_file(tmp_path, "x") == FileSpec(name="x", sha256=digest, size=3)
