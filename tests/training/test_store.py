@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 
 from medmim.errors import SpecError
 from medmim.spec import VolumeSpec
 from medmim.transforms import VolumeTransform
 from medmim_training.store.crops import CropDataset
 from medmim_training.store.index import INDEX_FILE, PROBLEMS_FILE, Store, read_index
+from medmim_training.store.inspect import counts, draw_contact_sheet, draw_histograms
 from medmim_training.store.prepare import prepare
 from medmim_training.store.sources import find_sources
 from synthetic import write_scan
@@ -155,3 +158,57 @@ def test_mirrored_crops_are_mirrored_along_that_axis_alone(store, recipe):
         assert torch.equal(a, b) or torch.equal(a.flip(3), b)
         outcomes.append(torch.equal(a, b))
     assert 2 < sum(outcomes) < 14
+
+
+def test_decathlon_and_monai_lists(tmp_path):
+    listing = tmp_path / "dataset.json"
+    decathlon = {
+        "modality": {"0": "CT"},
+        "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+        "test": ["./imagesTs/b.nii.gz"],
+    }
+    listing.write_text(json.dumps(decathlon))
+    found = find_sources(listing)
+    assert [(s.path, s.modality) for s in found] == [
+        (tmp_path / "imagesTr/a.nii.gz", "CT"),
+        (tmp_path / "imagesTs/b.nii.gz", "CT"),
+    ]
+    assert len(find_sources(listing, ["split=training"])) == 1
+    listing.write_text(json.dumps({"modality": {"0": "FLAIR"}, "validation": [{"image": "c.nii"}]}))
+    assert [s.modality for s in find_sources(listing)] == ["MR"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"training": [{"label": "a"}]}', '{"training": []}'])
+def test_a_list_that_is_none_is_named(tmp_path, text):
+    listing = tmp_path / "dataset.json"
+    listing.write_text(text)
+    with pytest.raises(SpecError, match=r"dataset\.json"):
+        find_sources(listing)
+
+
+def test_a_folder_of_dicom_series(tmp_path):
+    for name in ("study/ct/1.dcm", "study/ct/2.dcm", "study/mr/1.dcm", "scan.NII.GZ", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [source.name for source in find_sources(tmp_path)] == ["scan.NII.GZ", "study/ct", "study/mr"]
+
+
+def test_what_an_entry_says_of_its_volume(store, scans):
+    for position, entry in enumerate(store.entries):
+        array = store.array(position)[...]
+        assert entry.shape == array.shape[1:]
+        assert entry.percentiles[0] == array.min()
+        assert entry.percentiles[-1] == array.max()
+        assert list(entry.percentiles) == sorted(entry.percentiles)
+        whole = np.asarray(nib.load(scans / entry.source).dataobj)
+        assert np.array_equal(
+            array[0], whole[tuple(slice(o, o + s) for o, s in zip(entry.offset, entry.shape, strict=True))]
+        )
+
+
+def test_a_look_at_a_store(store, tmp_path):
+    assert [(modality, volumes) for _, modality, volumes, _ in counts(store)] == [("CT", 1), ("MR", 2)]
+    for draw in (draw_histograms, draw_contact_sheet):
+        draw(store, tmp_path / "picture.png")
+        picture = imread(tmp_path / "picture.png")
+        assert picture[..., :3].std() > 0.05

@@ -54,6 +54,28 @@ def prepare(
 
 
 @app.command()
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Folder that `medmim-train prepare` wrote.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the pictures; default the store.")] = None,
+) -> None:
+    """Shows what a store holds: counts, histograms of spacing and intensity, a contact sheet.
+
+    Example: `medmim-train inspect store`
+    """
+    from medmim_training.store.index import Store
+    from medmim_training.store.inspect import counts, draw_contact_sheet, draw_histograms
+
+    opened, folder = Store(store), out or store
+    table = Table("group", "modality", "volumes", "million voxels", title=f"{len(opened.entries)} volumes")
+    for group, modality, volumes, voxels in counts(opened):
+        table.add_row(group, modality, str(volumes), f"{voxels:.1f}")
+    console.print(table)
+    for name, draw in (("histograms.png", draw_histograms), ("contact_sheet.png", draw_contact_sheet)):
+        draw(opened, folder / name)
+        console.print(folder / name)
+
+
+@app.command()
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="Recipe name or YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example schedule.steps=100")] = None,

@@ -15,6 +15,8 @@ from medmim.files import atomic_write
 from medmim.intensity import IntensityMap, intensity_map
 from medmim.spec import Modality, Record, Size, Spacing, VolumeSpec
 
+PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+
 STORE_FILE, INDEX_FILE, PROBLEMS_FILE, VOLUMES = "store.json", "index.jsonl", "problems.jsonl", "volumes"
 
 
@@ -26,9 +28,11 @@ class StoreEntry(Record):
         source: Path of the scan, relative to the data list or folder that was prepared.
         sha256: Of the scan's file; None for a folder of DICOM slices.
         shape: (D, H, W) as stored, after cropping to the foreground.
+        offset: Where the crop starts in the resampled volume, in voxels.
         spacing: Of the scan before resampling, in mm, along the scan's own axes.
         foreground: Voxels that are not background.
         minimum: Of the whole resampled volume, in the units of the scan: what lies outside the volume.
+        percentiles: Of the stored values, in the units of the scan, at `PERCENTILES`.
         low, high, clip: The intensity map of the store's rule for this volume's modality.
     """
 
@@ -40,9 +44,11 @@ class StoreEntry(Record):
     modality: Modality
     channels: int = Field(gt=0)
     shape: Size
+    offset: tuple[int, int, int]
     spacing: Spacing
     foreground: int = Field(ge=0)
     minimum: float
+    percentiles: tuple[float, ...]
     low: float
     high: float
     clip: bool

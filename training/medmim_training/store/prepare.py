@@ -20,6 +20,7 @@ from medmim.transforms import guess_modality, to_grid
 from medmim.volumes import load_volume
 from medmim_training.store.index import (
     INDEX_FILE,
+    PERCENTILES,
     PROBLEMS_FILE,
     STORE_FILE,
     StoreEntry,
@@ -138,9 +139,11 @@ def _add(source: Source, digest: str | None, folder: Path, volume: VolumeSpec) -
         modality=modality,
         channels=len(array),
         shape=cropped.shape[1:],
+        offset=tuple(side.start for side in box),
         spacing=scan.spacing,
         foreground=int(foreground.sum()),
         minimum=float(array.min()),
+        percentiles=tuple(np.percentile(cropped, PERCENTILES).tolist()),
         low=mapping.low,
         high=mapping.high,
         clip=mapping.clip,
