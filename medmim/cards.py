@@ -77,7 +77,7 @@ import medmim
 
 model = medmim.create_model("{spec.name}", pretrained=True)
 transform = medmim.create_transform(model)  # the preprocessing below
-features = model(transform("scan.nii.gz")[None])  # (1, {spec.args["embed_dim"]})
+features = model(transform("scan.nii.gz")[None])  # one vector
 ```
 
 As the encoders of other masked autoencoders, it is meant to be fine-tuned; frozen features are a weak summary."""
@@ -85,12 +85,13 @@ As the encoders of other masked autoencoders, it is meant to be fine-tuned; froz
 
 def _input(spec: ModelSpec, volume: VolumeSpec) -> str:
     spacing = f"{_by(volume.spacing)} mm" if volume.spacing else "as stored"
+    patch = spec.args.get("patch_size")  # of token encoders
     rows = [
         ("orientation", volume.orientation),
         ("spacing", spacing),
         *((f"intensity, {modality}", _rule(rule)) for modality, rule in volume.intensity.items()),
         ("input", f"{_by(spec.args['img_size'])} voxels, {spec.args['in_chans']} channel(s)"),
-        ("patch", f"{_by(spec.args['patch_size'])} voxels"),
+        *([("patch", f"{_by(patch)} voxels")] if patch else []),
     ]
     return "## Input\n\n" + _table(("", ""), rows)
 

@@ -38,12 +38,17 @@ def unpatchify(patches: Tensor, patch_size: Size, grid_size: Size) -> Tensor:
     return rearrange(patches, "b (d h w) (c p q r) -> b c (d p) (h q) (w r)", d=d, h=h, w=w, p=p, q=q, r=r)
 
 
+def patch_view(x: Tensor, patch_size: Size) -> Tensor:
+    """Volumes (B, C, D, H, W) as patches (B, Dg, Hg, Wg, C, p, q, r), a view: writing to it writes to the volumes."""
+    p, q, r = patch_size
+    return rearrange(x, "b c (d p) (h q) (w r) -> b d h w c p q r", p=p, q=q, r=r)
+
+
 def gather_patches(x: Tensor, idx: Tensor, patch_size: Size) -> Tensor:
     """The patches `idx` (B, K) of volumes (B, C, D, H, W), as (B, K, V), without copying the others."""
-    p, q, r = patch_size
-    grid = rearrange(x, "b c (d p) (h q) (w r) -> b d h w c p q r", p=p, q=q, r=r)  # a view
+    grid = patch_view(x, patch_size)
     height, width = grid.shape[2:4]
-    b = torch.arange(idx.shape[0], device=idx.device)[:, None]
+    b = torch.arange(len(idx), device=idx.device)[:, None]
     return grid[b, idx // (height * width), idx // width % height, idx % width].flatten(2)  # (B, K, C, p, q, r) -> V
 
 

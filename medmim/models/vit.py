@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medmim.layers.adapt import adapt_in_chans, resize_patch_kernel
 from medmim.layers.position import resample_position, sincos_position
 from medmim.layers.tokens import Size, gather_patches, gather_tokens, patchify, to_grid_size
 from medmim.layers.transformer import Block, init_transformer
@@ -279,7 +280,7 @@ class VisionTransformer3D(nn.Module):
         if indices is None:
             return list(range(depth))
         if isinstance(indices, int):
-            indices = range(depth - indices, depth)
+            indices = range(-indices, 0)
         chosen = [i + depth if i < 0 else i for i in indices]
         if not chosen or any(not 0 <= i < depth for i in chosen):
             raise ValueError(f"indices {list(indices)} do not name blocks of a model with {depth}")
@@ -341,42 +342,6 @@ class VisionTransformer3D(nn.Module):
 
 
 # --- fitting a checkpoint to a model of another shape -----------------------------------------------------------------
-
-
-def resize_patch_kernel(weight: Tensor, patch_size: Size) -> Tensor:
-    """Resizes a patch projection so that a resized patch gives the same token (Beyer et al. 2023, FlexiViT).
-
-    If R resizes a patch linearly, the new kernel is the least-squares solution of <R x, new> = <x, old>. R is a
-    product of one matrix an axis, and so is its pseudo-inverse.
-
-    Args:
-        weight: (C, in_chans, p, q, r).
-        patch_size: The new (p, q, r).
-
-    Returns:
-        (C, in_chans, *patch_size), in the dtype of `weight`.
-    """
-    resized = weight.float()
-    for axis, (old, new) in enumerate(zip(weight.shape[2:], patch_size, strict=True), start=2):
-        if old != new:
-            identity = torch.eye(old, device=weight.device)[None]  # (1, old, old): one unit patch a row
-            resize = F.interpolate(identity, size=new, mode="linear", align_corners=False)[0].T  # R: (new, old)
-            resized = torch.tensordot(resized, torch.linalg.pinv(resize.T), dims=([axis], [1])).movedim(-1, axis)
-    return resized.to(weight.dtype)
-
-
-def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
-    """Fits a patch projection (C, old, p, q, r) to another number of input channels.
-
-    One channel gets the sum over the old ones; several get the old ones in turn, scaled so that an input repeated over
-    the channels gives the tokens that it gave before.
-    """
-    old = weight.shape[1]
-    if in_chans == old:
-        return weight
-    if in_chans == 1:
-        return weight.sum(dim=1, keepdim=True)
-    return weight[:, torch.arange(in_chans) % old] * (old / in_chans)
 
 
 def adapt_state_dict(state: Mapping[str, Tensor], model: VisionTransformer3D, source: Mapping[str, Any]) -> dict:

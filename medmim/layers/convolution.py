@@ -1,0 +1,51 @@
+"""Convolution, instance norm and leaky ReLU: what nnU-Net is made of, shared by its encoder and its decoder."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medmim.layers.tokens import Size
+
+NEGATIVE_SLOPE = 0.01
+
+
+def leaky_relu_(x: Tensor) -> Tensor:
+    """The activation, in place: at full resolution every copy of a feature map counts."""
+    return F.leaky_relu(x, NEGATIVE_SLOPE, inplace=True)
+
+
+class ConvNorm(nn.Module):
+    """A convolution and an instance norm (Ulyanov et al. 2016) over maps (B, C, D, H, W).
+
+    Args:
+        in_chans: Channels of the input.
+        out_chans: Channels of the output.
+        kernel_size: Odd side of the kernel; the border is padded with zeros, so that stride 1 keeps the size.
+        stride: Along (D, H, W).
+        bias: Whether the convolution has one. The norm undoes it; it is there because nnU-Net's weights have it.
+    """
+
+    def __init__(
+        self, in_chans: int, out_chans: int, *, kernel_size: int = 3, stride: Size = (1, 1, 1), bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_chans, out_chans, kernel_size, stride, padding=kernel_size // 2, bias=bias)
+        self.norm = nn.InstanceNorm3d(out_chans, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+def init_convolutional(module: nn.Module) -> None:
+    """Initialises one module as nnU-Net does: He-normal kernels (He et al. 2015), zero biases, unit norms.
+
+    For use with `nn.Module.apply`; modules without parameters of their own are left alone.
+    """
+    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+        nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.InstanceNorm3d):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,318 @@
+"""The residual encoder of nnU-Net: a stem, then stages of residual blocks, read top to bottom.
+
+Legend: B batch, C channels, (D, H, W) voxels, (d, h, w) the map of a stage: (D, H, W) over the strides so far.
+
+After Isensee et al. 2024 (nnU-Net Revisited, arXiv 2404.09556); blocks of He et al. 2019 (ResNet-D, arXiv 1812.01187).
+It gives what the `ResidualEncoder` of the package dynamic-network-architectures gives with the same weights, which
+`medmim.convert` translates: kernels of 3, no dropout, no stochastic depth, no norm after the last stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medmim.layers.adapt import adapt_in_chans
+from medmim.layers.convolution import ConvNorm, init_convolutional, leaky_relu_
+from medmim.layers.tokens import Size, to_grid_size
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut: maps (B, in_chans, D, H, W) to (B, out_chans, D, H, W) over the stride.
+
+    The shortcut averages where the block strides and projects where it changes channels.
+    """
+
+    def __init__(self, in_chans: int, out_chans: int, *, stride: Size = (1, 1, 1)) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(in_chans, out_chans, stride=stride)
+        self.conv2 = ConvNorm(out_chans, out_chans)
+        self.shortcut = nn.Sequential()
+        if stride != (1, 1, 1):
+            self.shortcut.append(nn.AvgPool3d(stride))
+        if in_chans != out_chans:
+            self.shortcut.append(ConvNorm(in_chans, out_chans, kernel_size=1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.conv2(leaky_relu_(self.conv1(x)))
+        branch += self.shortcut(x)
+        return leaky_relu_(branch)
+
+
+class ResidualEncoder3D(nn.Module):
+    """A convolutional encoder for volumes (B, in_chans, D, H, W) of any proportions, with a feature pyramid.
+
+    Args:
+        img_size: Voxels along (D, H, W); each a multiple of the product of the strides.
+        strides: Of each stage: one number, or three along (D, H, W). The first is 1 for a pyramid from full resolution.
+        in_chans: Channels of the input.
+        num_classes: Outputs of the classifier; 0 for none, `forward` then gives pooled features.
+        global_pool: "avg", over the last stage's map.
+        channels: Width of each stage; the stem has that of the first.
+        depths: Blocks of each stage.
+
+    Raises:
+        ValueError: For stages that do not match, or an input that the strides do not divide or reduce to one voxel.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = (96, 96, 96),
+        strides: Sequence[int | Size] = (1, 2, 2, 2, 2, 2),
+        *,
+        in_chans: int = 1,
+        num_classes: int = 0,
+        global_pool: Literal["avg"] = "avg",
+        channels: Sequence[int] = (32, 64, 128, 256, 320, 320),
+        depths: Sequence[int] = (1, 3, 4, 6, 6, 6),
+    ) -> None:
+        super().__init__()
+        if not 0 < len(channels) == len(depths) == len(strides):
+            raise ValueError(
+                f"{len(channels)} channels, {len(depths)} depths and {len(strides)} strides; give one of each a stage"
+            )
+        self.spec = None  # set by whoever knows where the weights came from
+        self.channels = tuple(channels)
+        self.strides = tuple((side,) * 3 if isinstance(side, int) else tuple(side) for side in strides)
+        if min(*channels, *depths, *sum(self.strides, ())) < 1:
+            raise ValueError(f"channels {channels}, depths {depths} and strides {strides} must all be at least 1")
+        self.in_chans = in_chans
+        self.num_prefix_tokens = 0
+        self.grad_checkpointing = False
+        self.set_input_size(img_size)
+
+        self.stem = ConvNorm(in_chans, channels[0])
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                ResidualBlock(below, width, stride=stride),
+                *(ResidualBlock(width, width) for _ in range(depth - 1)),
+            )
+            for below, width, depth, stride in zip(
+                (channels[0], *channels), self.channels, depths, self.strides, strict=False
+            )
+        )
+        self.head: nn.Module = nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights()
+
+    # --- construction -------------------------------------------------------------------------------------------------
+
+    def init_weights(self) -> None:
+        """Initialises every parameter (see `init_convolutional`); the branch of each block starts at zero."""
+        self.apply(init_convolutional)
+        for stage in self.stages:
+            for block in stage:
+                nn.init.zeros_(block.conv2.norm.weight)
+        self.init_head()
+
+    def init_head(self) -> None:
+        """Initialises the classifier alone: what a task starts with on top of pretrained weights."""
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def init_buffers(self) -> None:
+        """Rebuilds what no file stores: nothing here."""
+
+    @property
+    def patch_size(self) -> Size:
+        """Voxels along (D, H, W) of one position of the last map: the product of the strides."""
+        return self.feature_info[-1]["reduction"]
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last map."""
+        return self.channels[-1]
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels that the classifier takes."""
+        return self.num_features
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """What each stage gives: its module, channels and stride in voxels along (D, H, W)."""
+        return [
+            {"module": f"stages.{i}", "num_chs": width, "reduction": _product(self.strides[: i + 1])}
+            for i, width in enumerate(self.channels)
+        ]
+
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Changes the input size; no weight depends on it.
+
+        Args:
+            img_size: Voxels along (D, H, W).
+            patch_size: For the contract of encoders; only the product of the strides is possible.
+
+        Raises:
+            ValueError: For a size that the strides do not divide or reduce to one voxel, or another patch size.
+        """
+        if patch_size is not None and tuple(patch_size) != self.patch_size:
+            raise ValueError(f"patch_size cannot be {tuple(patch_size)}: the strides make it {self.patch_size}")
+        img_size = tuple(img_size or self.img_size)
+        grid_size = to_grid_size(img_size, self.patch_size)
+        if math.prod(grid_size) == 1:
+            raise ValueError(
+                f"img_size {img_size} leaves one voxel to the last stage, where instance norm needs several; "
+                f"use more than patch_size {self.patch_size}"
+            )
+        self.img_size, self.grid_size = img_size, grid_size
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier by a new one for `num_classes` (0 for none), and the pooling when given."""
+        global_pool = global_pool or self.global_pool
+        if global_pool != "avg":
+            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg'")
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.to(self.stem.conv.weight)
+        self.init_head()
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier, an identity when there is none."""
+        return self.head
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades a second forward pass through each block for the memory of its activations."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that sort parameters into layers, as timm's layer-wise decay wants them."""
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay must leave alone, beyond those with one axis: none."""
+        return set()
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def _check_input(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
+            raise ValueError(
+                f"input is (C, D, H, W) = {tuple(x.shape[1:])} but the model takes {(self.in_chans, *self.img_size)}; "
+                "set_input_size changes the size, in_chans= at creation the channels"
+            )
+
+    def _embed(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        return leaky_relu_(self.stem(x))  # (B, C, D, H, W)
+
+    def _run_stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        for block in stage:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Volumes (B, in_chans, D, H, W) to the last stage's map (B, C, d, h, w)."""
+        x = self._embed(x)
+        for stage in self.stages:
+            x = self._run_stage(stage, x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools a map (B, C, d, h, w) to (B, C) and, unless `pre_logits`, classifies it to (B, num_classes)."""
+        x = x.mean(dim=(2, 3, 4))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Volumes (B, in_chans, D, H, W) to class scores (B, num_classes), or to pooled features (B, C) without."""
+        return self.forward_head(self.forward_features(x))
+
+    def _stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        depth = len(self.stages)
+        if indices is None:
+            return list(range(depth))
+        if isinstance(indices, int):
+            indices = range(-indices, 0)
+        chosen = [i + depth if i < 0 else i for i in indices]
+        if not chosen or any(not 0 <= i < depth for i in chosen):
+            raise ValueError(f"indices {list(indices)} do not name stages of a model with {depth}")
+        return chosen
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCDHW", "NLC"] = "NCDHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The final map and the outputs of chosen stages, fine to coarse: the skips that a U-Net decoder takes.
+
+        Args:
+            x: Volumes (B, in_chans, D, H, W).
+            indices: Stages to return: the last n for an int, those listed (negative from the end), all for None.
+            return_prefix_tokens: Pairs each output with its prefix tokens, of which there are none: (B, 0, C).
+            norm: For the contract of encoders; there is no final norm to apply.
+            stop_early: Skips the stages after the last one asked for.
+            output_fmt: "NCDHW" for feature maps (B, C, d, h, w), "NLC" for their positions as tokens (B, d*h*w, C).
+            intermediates_only: Leaves the final map out.
+
+        Returns:
+            (map (B, C, d, h, w), outputs), or the outputs alone; outputs in the order of the stages. With `stop_early`
+            the map is that of the last stage that ran.
+        """
+        if output_fmt not in ("NCDHW", "NLC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCDHW' or 'NLC'")
+        wanted = self._stage_indices(indices)
+        stages = self.stages[: max(wanted) + 1] if stop_early else self.stages
+        outputs = []
+        x = self._embed(x)
+        for i, stage in enumerate(stages):
+            x = self._run_stage(stage, x)
+            if i in wanted:
+                y = x if output_fmt == "NCDHW" else x.flatten(2).transpose(1, 2)  # (B, d*h*w, C)
+                prefix = x.new_zeros(x.shape[0], 0, x.shape[1])
+                outputs.append((y, prefix) if return_prefix_tokens else y)
+        return outputs if intermediates_only else (x, outputs)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the stages after the last of `indices`, and the head on request; returns the indices.
+
+        `patch_size`, `grid_size` and `num_features` become those of the last stage that stays.
+        """
+        wanted = self._stage_indices(indices)
+        kept = max(wanted) + 1
+        self.stages, self.channels, self.strides = self.stages[:kept], self.channels[:kept], self.strides[:kept]
+        self.set_input_size()
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
+
+
+def _product(strides: Sequence[Size]) -> Size:
+    depth, height, width = (math.prod(sides) for sides in zip(*strides, strict=True))
+    return depth, height, width
+
+
+# --- fitting a checkpoint to a model of another shape -----------------------------------------------------------------
+
+
+def adapt_state_dict(state: Mapping[str, Tensor], model: ResidualEncoder3D, source: Mapping[str, Any]) -> dict:
+    """Fits the weights of one residual encoder to another number of channels; other input sizes need no change.
+
+    Args:
+        state: Weights as saved.
+        model: The model they are for; only its sizes are read, it may be on the meta device.
+        source: Constructor arguments of the model that was saved; not needed here.
+
+    Returns:
+        A new state dict; tensors that fit already are passed on as they are.
+    """
+    adapted = dict(state)
+    if (weight := state.get("stem.conv.weight")) is not None:
+        adapted["stem.conv.weight"] = adapt_in_chans(weight, model.in_chans)
+    return adapted
