@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import typer
 
@@ -10,12 +11,20 @@ from medmim.errors import MedmimError
 
 
 def run(app: typer.Typer) -> None:
-    """Runs a typer application: exit code 1 for a `MedmimError`, 130 for an interrupt, 2 for wrong usage."""
+    """Runs a typer application: the exit code of a `MedmimError`, 1 when a file system fails, 130 for an interrupt.
+
+    Typer itself exits with 2 for wrong usage.
+    """
     try:
         app()
-    except MedmimError as error:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (MedmimError, OSError) as error:
+        report(error)
+        sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def report(error: MedmimError | OSError) -> None:
+    """Prints an error as one line that starts with the name of the command."""
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

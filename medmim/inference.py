@@ -164,7 +164,11 @@ def save_embeddings(path: str | Path, embeddings: Mapping[str, Embedding]) -> No
     Args:
         path: The file to write; it appears whole or not at all. Its metadata has `model`, and `NAME/scan`, the path.
         embeddings: By name, all of the same model.
+
+    Raises:
+        OSError: When it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors, metadata = {}, {}
@@ -172,7 +176,10 @@ def save_embeddings(path: str | Path, embeddings: Mapping[str, Embedding]) -> No
         tensors |= {f"{name}/{part}": getattr(embedding, part) for part in ("features", "pooled", "affine")}
         metadata |= {"model": embedding.model, f"{name}/scan": embedding.scan}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # a full disk, for example
+            raise OSError(f"{path}: {error}") from None
 
 
 def _token_to_voxel(patch_size: Size) -> Tensor:

@@ -48,7 +48,7 @@ def gather_patches(x: Tensor, idx: Tensor, patch_size: Size) -> Tensor:
     """The patches `idx` (B, K) of volumes (B, C, D, H, W), as (B, K, V), without copying the others."""
     grid = patch_view(x, patch_size)
     height, width = grid.shape[2:4]
-    b = torch.arange(len(idx), device=idx.device)[:, None]
+    b = torch.arange(idx.shape[0], device=idx.device)[:, None]
     return grid[b, idx // (height * width), idx // width % height, idx % width].flatten(2)  # (B, K, C, p, q, r) -> V
 
 

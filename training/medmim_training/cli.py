@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from medmim.command import run
-from medmim.errors import SpecError
+from medmim.errors import ScanError, SpecError
 
 if TYPE_CHECKING:
     from medmim_training.recipe import Recipe
@@ -161,7 +161,7 @@ def evaluate(
 
     from medmim.factory import create_decoder, create_model
     from medmim.files import atomic_write
-    from medmim_training.evaluate import METHODS, evaluate_reconstruction
+    from medmim_training.evaluate import evaluate_reconstruction
     from medmim_training.store.sources import find_sources
 
     encoder = create_model(model, pretrained=True)
@@ -170,9 +170,10 @@ def evaluate(
     with _progress() as progress:
         report = _reporting(progress, "evaluating", len(sources))
         results = evaluate_reconstruction(encoder, decoder, sources, ratio=ratio, report=report)
-    table = Table(
-        "data", "scans", *METHODS, title=f"normalised MSE of hidden voxels, {ratio:.0%} of the patches hidden"
-    )
+    if not results:
+        raise ScanError(f"{source}: none of its scans could be evaluated")
+    columns = "data", "scans", "model", *results[0].baselines
+    table = Table(*columns, title=f"normalised MSE of hidden voxels, {ratio:.0%} of the patches hidden")
     for result in results:
         values = (result.value, *result.baselines.values())
         table.add_row(result.dataset, str(result.cases), *(f"{value:.3f}" for value in values))

@@ -12,11 +12,9 @@ import torch
 from torch import nn
 
 from medmim.errors import MedmimError, ScanError
-from medmim.reconstruction import mean_fill, nearest_visible, normalised_mse, reconstruct_scan
+from medmim.reconstruction import compare, reconstruct_scan
 from medmim.spec import Evidence
 from medmim_training.store.sources import Source
-
-METHODS = ("model", "mean fill", "nearest visible")
 
 
 def evaluate_reconstruction(
@@ -57,21 +55,19 @@ def _errors(model: nn.Module, decoder: nn.Module, source: Source, ratio: float) 
     result, _ = reconstruct_scan(
         model, decoder, source.path, modality=source.modality, ratio=ratio, generator=generator
     )
-    volume, hidden = result.original, result.hidden
-    fills = (result.prediction, mean_fill(volume, hidden), nearest_visible(volume, hidden))
-    errors = {name: normalised_mse(fill, volume, hidden) for name, fill in zip(METHODS, fills, strict=True)}
+    errors = compare(result)
     if not all(map(math.isfinite, errors.values())):
         raise ScanError(f"{source.path}: of this few patches none was hidden or none was visible, so it does not count")
     return errors
 
 
 def _evidence(group: str, rows: list[dict[str, float]], ratio: float) -> Evidence:
-    means = {name: round(fmean(row[name] for row in rows), 4) for name in METHODS}
+    means = {name: round(fmean(row[name] for row in rows), 4) for name in rows[0]}
     return Evidence(
         dataset=group,
         protocol=f"{ratio:.0%} of the patches hidden at random, hidden voxels only, mean over scans",
         metric="normalised MSE",
-        value=means["model"],
-        baselines={name: means[name] for name in METHODS[1:]},
+        value=means.pop("model"),
+        baselines=means,
         cases=len(rows),
     )

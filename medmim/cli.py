@@ -1,0 +1,256 @@
+"""`medmim`: list models, say what they are, embed and reconstruct scans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from medmim.command import report, run
+from medmim.errors import ScanError, UnknownModelError
+
+if TYPE_CHECKING:
+    from medmim.spec import WeightsSpec
+
+DEFAULT_MODEL = "vit_t_mae3d"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Encoders for 3-D medical scans, pretrained by masked image modelling.",
+)
+console = Console(markup=False, highlight=False)
+
+
+class Modality(StrEnum):
+    """What a scan is."""
+
+    CT = "CT"
+    MR = "MR"
+    PET = "PET"
+
+
+ModelOption = Annotated[
+    str, typer.Option("-m", "--model", help="Name of `medmim list --pretrained`, hf-hub:ORG/NAME or local-dir:PATH.")
+]
+ModalityOption = Annotated[
+    Modality | None, typer.Option(case_sensitive=False, help="What the scan is; without it, taken from the scan.")
+]
+
+
+def main() -> None:
+    """Entry point: errors for people, no tracebacks."""
+    run(app)
+
+
+@app.command("list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="Wildcards, for example 'vit_*'.")] = "*",
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only models that have weights.")] = False,
+) -> None:
+    """Lists models and the weights there are.
+
+    Example: `medmim list "vit_t*" --pretrained`
+    """
+    from medmim.registry import list_models, list_pretrained
+
+    table = _table("model", "weights")
+    for name in list_models(pattern, pretrained=pretrained):
+        table.add_row(name, ", ".join(list_pretrained(name)) or "-")
+    if not table.row_count:
+        raise UnknownModelError(f"no model {'with weights ' * pretrained}matches {pattern!r}; `medmim list` shows all")
+    console.print(table)
+
+
+@app.command()
+def info(name: Annotated[str, typer.Argument(help="A name of `medmim list`.")]) -> None:
+    """Shows what a model is, what its weights were trained on, and how to cite them.
+
+    Example: `medmim info vit_t_mae3d`
+    """
+    from medmim.registry import model_info
+
+    model = model_info(name)
+    rows = [("model", model.name), ("what", model.description), ("arguments", _pairs(model.args))]
+    for weights in model.weights:
+        rows += [("", ""), ("weights", f"{model.name}.{weights.tag}"), *_about(weights)]
+    if not model.weights:
+        rows += [("weights", "none yet")]
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _about(weights: WeightsSpec) -> Iterator[tuple[str, str]]:
+    """What a reader wants to know of a set of weights, as pairs of a word and a text."""
+    spec, record = weights.volume, weights.training
+    yield "licence", weights.license
+    yield "size", f"{sum(file.size for file in weights.files) / 1e6:.1f} MB"
+    spacing = f"voxels of {' x '.join(map(str, spec.spacing))} mm" if spec.spacing else "the scan's own voxels"
+    yield "input", f"{', '.join(spec.modalities)}; axes {spec.orientation}; {spacing}"
+    if record:
+        yield (
+            "trained on",
+            f"{record.volumes} volumes, {record.crops} crops, {record.wall_hours:.1f} h on {record.hardware}",
+        )
+    for evidence in weights.evidence:
+        beside = f" (beside {_pairs(evidence.baselines)})" if evidence.baselines else ""
+        yield (
+            "measured",
+            f"{evidence.metric} {evidence.value:.3g}{beside} on {evidence.dataset}, {evidence.cases} cases",
+        )
+    yield "cite", weights.citation
+
+
+@app.command()
+def embed(
+    scans: Annotated[list[Path], typer.Argument(help="NIfTI, NRRD or MHA files, or folders of one DICOM series each.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Safetensors file to write.")],
+    model: ModelOption = DEFAULT_MODEL,
+    modality: ModalityOption = None,
+) -> None:
+    """Writes the dense features and one pooled vector of each scan.
+
+    A scan that cannot be used is reported and the others go on; the exit code is then 1.
+
+    Example: `medmim embed ct/*.nii.gz -o features.safetensors`
+    """
+    _require_suffix(output, ".safetensors")
+    names = _unique_names(scans)
+    from medmim.factory import create_model
+    from medmim.inference import embed as embed_scan
+    from medmim.inference import save_embeddings
+
+    encoder = create_model(model, pretrained=True)
+    embeddings = {}
+    for name, scan in names.items():
+        try:
+            with _progress(name) as progress:
+                embeddings[name] = embed_scan(encoder, scan, modality=modality and modality.value, progress=progress)
+        except ScanError as error:
+            report(error)
+    if embeddings:
+        save_embeddings(output, embeddings)
+        _say(f"{output}: {len(embeddings)} of {len(scans)} scans")
+    if len(embeddings) < len(scans):
+        raise typer.Exit(1)
+
+
+@app.command()
+def reconstruct(
+    scan: Annotated[Path, typer.Argument(help="A NIfTI, NRRD or MHA file, or the folder of one DICOM series.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file to write.")],
+    model: ModelOption = DEFAULT_MODEL,
+    ratio: Annotated[float, typer.Option(min=0.05, max=0.95, help="Share of the patches to hide.")] = 0.75,
+    seed: Annotated[int, typer.Option(help="Decides which patches are hidden.")] = 0,
+    modality: ModalityOption = None,
+) -> None:
+    """Hides patches of a scan, predicts them, and draws scan, visible part, reconstruction and error.
+
+    Example: `medmim reconstruct chest.nii.gz -o chest.png --ratio 0.75`
+    """
+    _require_suffix(output, ".png")
+    import torch
+
+    from medmim.factory import create_decoder, create_model
+    from medmim.pictures import reconstruction_picture
+    from medmim.reconstruction import compare, reconstruct_scan
+
+    encoder = create_model(model, pretrained=True)
+    decoder = create_decoder(encoder)
+    generator = torch.Generator().manual_seed(seed)
+    with _progress(scan.name) as progress:
+        result, spacing = reconstruct_scan(
+            encoder,
+            decoder,
+            scan,
+            modality=modality and modality.value,
+            ratio=ratio,
+            generator=generator,
+            progress=progress,
+        )
+    errors = compare(result)
+    orientation = encoder.spec.weights.volume.orientation
+    reconstruction_picture(result, output, spacing=spacing, orientation=orientation, title=scan.name)
+    table = _table("fill", "normalised MSE")
+    for name, error in errors.items():
+        table.add_row(name, _number(error))
+    console.print(table)
+    _say(str(output))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("medmim-demo"),
+    model: ModelOption = DEFAULT_MODEL,
+) -> None:
+    """Reconstructs and embeds the sample scans: all that medmim does, in less than a minute.
+
+    Example: `medmim demo -o medmim-demo`
+    """
+    from medmim.demo import run_demo
+
+    with _progress("sample scans") as progress:
+        result = run_demo(output, model=model, progress=progress)
+    table = _table("scan", "picture", *result.scans[0].errors)
+    for scan in result.scans:
+        table.add_row(scan.name, str(scan.picture), *map(_number, scan.errors.values()))
+    console.print(table)
+    _say("Numbers: mean squared error over the hidden 75 %, divided by their variance; 0 is perfect.")
+    _say(f"Features: {result.features}")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _number(error: float) -> str:
+    """An error to three places, or a dash where nothing of the scan was hidden, as in one of a single patch."""
+    return "-" if math.isnan(error) else f"{error:.3f}"
+
+
+def _say(line: str) -> None:
+    """Prints a line that is never broken, so that paths in it can be copied."""
+    console.print(line, soft_wrap=True)
+
+
+def _pairs(data: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in data.items())
+
+
+def _require_suffix(path: Path, suffix: str) -> None:
+    if path.suffix.lower() != suffix:
+        raise typer.BadParameter(f"{path} must end in {suffix}", param_hint="-o")
+
+
+def _unique_names(scans: list[Path]) -> dict[str, Path]:
+    """The file name of each scan, or the whole path where two have the same."""
+    names = [scan.absolute().name for scan in scans]
+    unique = {name if names.count(name) == 1 else str(scan): scan for name, scan in zip(names, scans, strict=True)}
+    if len(unique) < len(scans):
+        raise typer.BadParameter("a scan is given twice", param_hint="SCANS")
+    return unique
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal while something runs; what it yields is called with steps done and steps in all."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    terminal = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

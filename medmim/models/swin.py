@@ -1,0 +1,534 @@
+"""Swin transformer for volumes: attention in windows, shifted by half a window in every other block.
+
+Legend: B batch, C channels, (D, H, W) voxels, (Dg, Hg, Wg) token grid of a stage, n tokens of a window, M windows.
+Inside the encoder maps are channels-last, (B, Dg, Hg, Wg, C); what it gives is channels-first, (B, C, Dg, Hg, Wg).
+
+After Liu et al. 2021 (Swin, arXiv 2103.14030), in 3-D as the encoder of SwinUNETR (Hatamizadeh et al. 2022,
+arXiv 2201.01266). It gives what MONAI's `SwinTransformer` (without `use_v2`) gives with the same weights, which
+`medmim.convert.monai_swin` translates, peculiarities included:
+
+- every stage ends with a merging, the last one too, so four stages give five maps; norms of these maps have no weights;
+- a grid that is no multiple of the window is padded behind with zero tokens, which take part in attention;
+- along an axis where the grid is not larger than the window, the window shrinks to the grid and is not shifted. The
+  position biases of a shrunk window are then those of the first n tokens of a full window, not those of its offsets;
+- tokens kept apart by the shift still see each other at -100, not at minus infinity.
+
+Deviations: inputs that are no multiple of the patch are refused, where MONAI pads them, because no patch to hide may be
+half there; matrices start Xavier-uniform as in the other transformers here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medmim.layers.adapt import adapt_in_chans, resize_patch_kernel
+from medmim.layers.position import resample_position
+from medmim.layers.tokens import Size, patchify, to_grid_size
+from medmim.layers.transformer import DropPath, Mlp, init_transformer
+from medmim.models.vit import PatchEmbed
+
+APART = -100.0  # added to the attention between tokens that only the shift brought together
+
+# Which of its 2 x 2 x 2 tokens a merging takes, in the order of its weights. "repeated" takes two of them twice and two
+# never: so did MONAI's "merging" before 1.5 (issue 8284), and so were weights of that time trained.
+MERGED = {
+    "distinct": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),
+    "repeated": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),
+}
+
+
+def relative_position_index(window_size: Size) -> Tensor:
+    """For each pair of tokens of a window, the row of the bias table that belongs to their offset: LongTensor (n, n).
+
+    Rows are row-major over the offsets, from 1 - side to side - 1 along each axis.
+    """
+    axes = [torch.arange(side) for side in window_size]
+    place = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # (3, n)
+    d, h, w = place[:, :, None] - place[:, None, :] + torch.tensor(window_size)[:, None, None] - 1  # each (n, n), >= 0
+    _, height, width = _offsets(window_size)
+    return (d * height + h) * width + w
+
+
+def _offsets(window_size: Size) -> Size:
+    """Offsets along each axis that tokens of one window can have."""
+    depth, height, width = (2 * side - 1 for side in window_size)
+    return depth, height, width
+
+
+class Windows(nn.Module):
+    """How a token grid is cut into windows. Holds no weights, only what follows from the sizes.
+
+    The cyclic shift puts tokens from opposite ends of the grid into the last windows along each axis, where they must
+    be kept apart. Windows therefore come in at most 8 kinds, by the axes along which they are last, and are sorted by
+    kind: attention needs one bias a kind instead of one a window.
+
+    Args:
+        grid_size: Tokens along (D, H, W).
+        window_size: Tokens of a window along (D, H, W); shrinks to the grid.
+        shifted: Shifts the windows by half their size, along axes with more than one window.
+    """
+
+    def __init__(self, grid_size: Size, window_size: Size, *, shifted: bool) -> None:
+        super().__init__()
+        self.grid_size = grid_size
+        self.size = tuple(min(grid, side) for grid, side in zip(grid_size, window_size, strict=True))
+        self.counts = tuple(-(-grid // side) for grid, side in zip(grid_size, self.size, strict=True))
+        self.shift = tuple(
+            side // 2 if shifted and count > 1 else 0 for side, count in zip(self.size, self.counts, strict=True)
+        )
+        kinds = [
+            tuple(shift > 0 and i == count - 1 for i, count, shift in zip(place, self.counts, self.shift, strict=True))
+            for place in itertools.product(*map(range, self.counts))
+        ]  # of each window, row-major
+        sizes = sorted(Counter(kinds).items())
+        self.kind_sizes = [number for _, number in sizes]
+        order = sorted(range(len(kinds)), key=kinds.__getitem__)
+        n = math.prod(self.size)
+        apart = torch.stack([self._apart(kind) for kind, _ in sizes])  # (kinds, n, n)
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.register_buffer("unsorted", torch.argsort(self.order), persistent=False)
+        self.register_buffer("barriers", torch.where(apart, APART, 0.0), persistent=False)
+        self.register_buffer("position", relative_position_index(window_size)[:n, :n], persistent=False)
+
+    def _apart(self, last: Sequence[bool]) -> Tensor:
+        """Which tokens of a window, last along some axes, come from opposite ends of the grid: boolean (n, n)."""
+        ends = [
+            torch.arange(side) >= (side - shift if is_last else side)
+            for side, shift, is_last in zip(self.size, self.shift, last, strict=True)
+        ]
+        end = torch.stack(torch.meshgrid(*ends, indexing="ij")).flatten(1)  # (3, n)
+        return (end[:, :, None] != end[:, None, :]).any(dim=0)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """A map (B, Dg, Hg, Wg, C) as windows (M, B, n, C), sorted by kind."""
+        (p, q, r), (i, j, k) = self.size, self.counts
+        d, h, w = self.grid_size
+        if self.grid_size != (i * p, j * q, k * r):
+            x = F.pad(x, (0, 0, 0, k * r - w, 0, j * q - h, 0, i * p - d))
+        if any(self.shift):
+            x = x.roll([-shift for shift in self.shift], dims=(1, 2, 3))
+        x = rearrange(x, "b (i p) (j q) (k r) c -> (i j k) b (p q r) c", p=p, q=q, r=r)
+        return x[self.order] if any(self.shift) else x
+
+    def join(self, windows: Tensor) -> Tensor:
+        """The exact inverse of `cut`."""
+        (p, q, r), (i, j, k) = self.size, self.counts
+        d, h, w = self.grid_size
+        x = windows[self.unsorted] if any(self.shift) else windows
+        x = rearrange(x, "(i j k) b (p q r) c -> b (i p) (j q) (k r) c", i=i, j=j, k=k, p=p, q=q, r=r)
+        if any(self.shift):
+            x = x.roll(self.shift, dims=(1, 2, 3))
+        return x[:, :d, :h, :w]
+
+
+class WindowAttention(nn.Module):
+    """Self-attention within windows (M, B, n, C), with a learned bias for each offset, by torch's fused kernels."""
+
+    def __init__(self, dim: int, num_heads: int, *, window_size: Size, qkv_bias: bool) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"{dim} channels do not divide into {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(_offsets(window_size)), num_heads))
+
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+        M, B, n, C = x.shape
+        qkv = self.qkv(x).view(M, B, n, 3, self.num_heads, C // self.num_heads)
+        qkv = qkv.permute(3, 0, 1, 4, 2, 5)  # (3, M, B, heads, n, C / heads)
+        bias = F.embedding(windows.position, self.relative_position_bias_table)  # (n, n, heads)
+        bias = bias.permute(2, 0, 1).contiguous()
+        attended = [
+            F.scaled_dot_product_attention(*alike.flatten(1, 2), attn_mask=(bias + barrier)[None].to(x.dtype))
+            for alike, barrier in zip(qkv.split(windows.kind_sizes, dim=1), windows.barriers, strict=True)
+        ]  # of each kind (windows * B, heads, n, C / heads)
+        return self.proj(torch.cat(attended).transpose(1, 2).reshape(M, B, n, C))
+
+
+class Block(nn.Module):
+    """Window attention and MLP, each pre-normalised and residual, over a map (B, Dg, Hg, Wg, C)."""
+
+    def __init__(
+        self, dim: int, num_heads: int, *, window_size: Size, mlp_ratio: float, qkv_bias: bool, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, num_heads, window_size=window_size, qkv_bias=qkv_bias)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+        x = x + self.drop_path(windows.join(self.attn(windows.cut(self.norm1(x)), windows)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerging(nn.Module):
+    """Joins each 2 x 2 x 2 tokens to one of twice the width; odd sides are padded behind with a zero token."""
+
+    def __init__(self, dim: int, *, merged: str) -> None:
+        super().__init__()
+        self.taken = MERGED[merged]
+        self.norm = nn.LayerNorm(8 * dim)
+        self.reduction = nn.Linear(8 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, d, h, w, _ = x.shape
+        if d % 2 or h % 2 or w % 2:
+            x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2, 0, d % 2))
+        x = torch.cat([x[:, i::2, j::2, k::2] for i, j, k in self.taken], dim=-1)  # (B, Dg/2, Hg/2, Wg/2, 8C)
+        return self.reduction(self.norm(x))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, then a merging: maps (B, Dg, Hg, Wg, C) to (B, Dg/2, Hg/2, Wg/2, 2C), rounded up.
+
+    `windows` is set by whoever knows the size of the grid: unshifted ones, then shifted ones.
+    """
+
+    windows: nn.ModuleList
+
+    def __init__(self, blocks: Sequence[Block], downsample: PatchMerging) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, *, checkpointed: bool) -> Tensor:
+        for block, windows in zip(self.blocks, itertools.cycle(self.windows), strict=False):
+            x = checkpoint(block, x, windows, use_reentrant=False) if checkpointed else block(x, windows)
+        return self.downsample(x)
+
+
+class PlainNorm(nn.Module):
+    """Layer norm over the channels of a map (B, Dg, Hg, Wg, C) of any width, without weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:])
+
+
+class SwinTransformer3D(nn.Module):
+    """A Swin encoder for volumes (B, in_chans, D, H, W) of any proportions, with a feature pyramid.
+
+    Args:
+        img_size: Voxels along (D, H, W); each a multiple of the patch's side.
+        patch_size: Voxels of a patch, the unit of the finest token grid, along (D, H, W).
+        in_chans: Channels of the input.
+        num_classes: Outputs of the classifier; 0 for none, `forward` then gives pooled features.
+        global_pool: "avg", over the last map.
+        embed_dim: Width of the patch embedding; each stage doubles it.
+        depths: Blocks of each stage.
+        num_heads: Attention heads of each stage; must divide its width.
+        window_size: Tokens of a window along (D, H, W).
+        mlp_ratio: Hidden width of the MLPs over the stage's.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
+        merged: "distinct" for mergings that take each of 2 x 2 x 2 tokens once; "repeated" for those of MONAI before
+            1.5, which weights trained with it need (see `MERGED`).
+
+    Raises:
+        ValueError: For sizes that do not divide, or stages that do not match.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = (96, 96, 96),
+        patch_size: Size = (2, 2, 2),
+        *,
+        in_chans: int = 1,
+        num_classes: int = 0,
+        global_pool: Literal["avg"] = "avg",
+        embed_dim: int = 48,
+        depths: Sequence[int] = (2, 2, 2, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: Size = (7, 7, 7),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        merged: Literal["distinct", "repeated"] = "distinct",
+    ) -> None:
+        super().__init__()
+        if len(depths) != len(num_heads) or not depths:
+            raise ValueError(f"{len(depths)} depths and {len(num_heads)} num_heads; give one of each a stage")
+        if min(*depths, *num_heads, *window_size) < 1:
+            raise ValueError(
+                f"depths {depths}, num_heads {num_heads} and window_size {window_size} must all be at least 1"
+            )
+        if merged not in MERGED:
+            raise ValueError(f"merged is {merged!r}; it must be one of {', '.join(map(repr, MERGED))}")
+        self.spec = None  # set by whoever knows where the weights came from
+        self.img_size, self.patch_size, self.window_size = tuple(img_size), tuple(patch_size), tuple(window_size)
+        self.grid_size = to_grid_size(self.img_size, self.patch_size)
+        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.num_prefix_tokens = 0
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, self.patch_size)
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        self.stages = nn.ModuleList()
+        for depth, heads in zip(depths, num_heads, strict=True):
+            width = self.num_features  # of the stages so far
+            blocks = [
+                Block(
+                    width,
+                    heads,
+                    window_size=self.window_size,
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    drop_path=next(rates),
+                )
+                for _ in range(depth)
+            ]
+            self.stages.append(Stage(blocks, PatchMerging(width, merged=merged)))
+        self.norm: nn.Module = PlainNorm()
+        self.head: nn.Module = nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
+        self.init_buffers()
+        self.init_weights()
+
+    # --- construction -------------------------------------------------------------------------------------------------
+
+    def init_weights(self) -> None:
+        """Initialises every parameter (see `init_transformer`); position biases from a truncated N(0, 0.02)."""
+        self.apply(init_transformer)
+        for stage in self.stages:
+            for block in stage.blocks:
+                nn.init.trunc_normal_(block.attn.relative_position_bias_table, std=0.02)
+        self.init_head()
+
+    def init_head(self) -> None:
+        """Initialises the classifier alone: what a task starts with on top of pretrained weights."""
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def init_buffers(self) -> None:
+        """Rebuilds what no file stores: how the grid of each stage is cut into windows."""
+        grid = self.grid_size
+        for stage in self.stages:
+            windows = [Windows(grid, self.window_size, shifted=shifted) for shifted in (False, True)]
+            stage.windows = nn.ModuleList(windows).to(self.patch_embed.proj.weight)
+            grid = tuple(-(-side // 2) for side in grid)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last map."""
+        return self.embed_dim * 2 ** len(self.stages)
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels that the classifier takes."""
+        return self.num_features
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """What the patch embedding and each stage give: module, channels and stride in voxels along (D, H, W)."""
+        modules = ["patch_embed", *(f"stages.{i}" for i in range(len(self.stages)))]
+        return [
+            {
+                "module": module,
+                "num_chs": self.embed_dim * 2**i,
+                "reduction": tuple(side * 2**i for side in self.patch_size),
+            }
+            for i, module in enumerate(modules)
+        ]
+
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Changes the input size, the patch size, or both; the patch projection is resampled to fit.
+
+        Args:
+            img_size: Voxels along (D, H, W).
+            patch_size: Voxels of a patch along (D, H, W).
+
+        Raises:
+            ValueError: When the first is not a multiple of the second.
+        """
+        img_size, patch_size = tuple(img_size or self.img_size), tuple(patch_size or self.patch_size)
+        self.grid_size = to_grid_size(img_size, patch_size)
+        if patch_size != self.patch_size:
+            old, self.patch_embed = self.patch_embed.proj, PatchEmbed(self.in_chans, self.embed_dim, patch_size)
+            self.patch_embed.to(old.weight)
+            with torch.no_grad():
+                self.patch_embed.proj.weight.copy_(resize_patch_kernel(old.weight, patch_size))
+                self.patch_embed.proj.bias.copy_(old.bias)
+        self.img_size, self.patch_size = img_size, patch_size
+        self.init_buffers()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier by a new one for `num_classes` (0 for none), and the pooling when given."""
+        global_pool = global_pool or self.global_pool
+        if global_pool != "avg":
+            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg'")
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.to(self.patch_embed.proj.weight)
+        self.init_head()
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier, an identity when there is none."""
+        return self.head
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades a second forward pass through each block for the memory of its activations."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that sort parameters into layers, as timm's layer-wise decay wants them."""
+        fine = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)\.downsample", (99999,))]
+        return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay must leave alone."""
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def _embed(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
+            raise ValueError(
+                f"input is (C, D, H, W) = {tuple(x.shape[1:])} but the model takes {(self.in_chans, *self.img_size)}; "
+                "set_input_size changes the size, in_chans= at creation the channels"
+            )
+        return self.patch_embed(patchify(x, self.patch_size)).unflatten(1, self.grid_size)  # (B, Dg, Hg, Wg, C)
+
+    def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        return stage(x, checkpointed=self.grad_checkpointing and torch.is_grad_enabled())
+
+    def _encode(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = self._run_stage(stage, x)
+        return _channels_first(self.norm(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Volumes (B, in_chans, D, H, W) to the last stage's normed map (B, C, Dg, Hg, Wg)."""
+        return self._encode(self._embed(x))
+
+    def forward_replaced(self, x: Tensor, hidden: Tensor, token: Tensor) -> Tensor:
+        """Encodes all positions with some patches replaced by a token, as SimMIM does; those are never used.
+
+        Args:
+            x: Volumes (B, in_chans, D, H, W).
+            hidden: Boolean (B, Dg, Hg, Wg) on `grid_size`, True where the patch is replaced.
+            token: (1, 1, embed_dim).
+
+        Returns:
+            The last stage's normed map (B, C, Dg, Hg, Wg).
+        """
+        x = self._embed(x)
+        return self._encode(torch.where(hidden[..., None], token.to(x.dtype), x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools a map (B, C, Dg, Hg, Wg) to (B, C) and, unless `pre_logits`, classifies it to (B, num_classes)."""
+        x = x.mean(dim=(2, 3, 4))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Volumes (B, in_chans, D, H, W) to class scores (B, num_classes), or to pooled features (B, C) without."""
+        return self.forward_head(self.forward_features(x))
+
+    def _map_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        number = len(self.stages) + 1
+        if indices is None:
+            return list(range(number))
+        if isinstance(indices, int):
+            indices = range(-indices, 0)
+        chosen = [i + number if i < 0 else i for i in indices]
+        if not chosen or any(not 0 <= i < number for i in chosen):
+            raise ValueError(f"indices {list(indices)} do not name maps of a model with {number}")
+        return chosen
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCDHW", "NLC"] = "NCDHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The final map, and chosen ones of the patch embedding and the stages, fine to coarse: a U-Net's skips.
+
+        Args:
+            x: Volumes (B, in_chans, D, H, W).
+            indices: Maps to return, 0 being the patch embedding's: the last n for an int, those listed (negative from
+                the end), all for None.
+            return_prefix_tokens: Pairs each output with its prefix tokens, of which there are none: (B, 0, C).
+            norm: Norms each output; the decoder of SwinUNETR takes them so.
+            stop_early: Skips the stages after the last one asked for.
+            output_fmt: "NCDHW" for maps (B, C, Dg, Hg, Wg), "NLC" for their positions as tokens (B, Dg*Hg*Wg, C).
+            intermediates_only: Leaves the final map out.
+
+        Returns:
+            (normed map (B, C, Dg, Hg, Wg), outputs), or the outputs alone; outputs in the order of the stages. With
+            `stop_early` the map is that of the last stage that ran.
+        """
+        if output_fmt not in ("NCDHW", "NLC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCDHW' or 'NLC'")
+        wanted = self._map_indices(indices)
+        outputs = []
+        for i in range(max(wanted) + 1 if stop_early else len(self.stages) + 1):
+            x = self._run_stage(self.stages[i - 1], x) if i else self._embed(x)
+            if i in wanted:
+                y = self.norm(x) if norm else x
+                prefix = y.new_zeros(y.shape[0], 0, y.shape[-1])
+                y = _channels_first(y) if output_fmt == "NCDHW" else y.flatten(1, 3)
+                outputs.append((y, prefix) if return_prefix_tokens else y)
+        return outputs if intermediates_only else (_channels_first(self.norm(x)), outputs)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the stages after the last of `indices`, and the norm and head on request; returns the indices.
+
+        `num_features` becomes that of the last map that stays.
+        """
+        wanted = self._map_indices(indices)
+        self.stages = self.stages[: max(wanted)]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return rearrange(x, "b d h w c -> b c d h w").contiguous()
+
+
+# --- fitting a checkpoint to a model of another shape -----------------------------------------------------------------
+
+
+def adapt_state_dict(state: Mapping[str, Tensor], model: SwinTransformer3D, source: Mapping[str, Any]) -> dict:
+    """Fits the weights of one Swin transformer to another patch size, window size or number of channels.
+
+    Another input size needs no change. Tables of position biases are interpolated to another window, as by Liu et al.
+
+    Args:
+        state: Weights as saved.
+        model: The model they are for; only its sizes are read, it may be on the meta device.
+        source: Constructor arguments of the model that was saved (`window_size`).
+
+    Returns:
+        A new state dict; tensors that fit already are passed on as they are.
+    """
+    adapted = dict(state)
+    if (weight := state.get("patch_embed.proj.weight")) is not None:
+        weight = adapt_in_chans(weight, model.in_chans)
+        adapted["patch_embed.proj.weight"] = resize_patch_kernel(weight, model.patch_size)
+    old, new = _offsets(tuple(source["window_size"])), _offsets(model.window_size)
+    for key in state:
+        if key.endswith("relative_position_bias_table"):  # (offsets, heads)
+            adapted[key] = resample_position(state[key][None], old, new)[0]
+    return adapted

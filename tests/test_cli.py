@@ -1,0 +1,325 @@
+"""The command line: what it prints, what it writes, how it ends."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import medmim
+from medmim import cli, factory, reconstruction
+from medmim.heads.mae import MAEDecoder
+from medmim.samples import sample_scans
+from synthetic import write_scan
+from test_volumes import BROKEN, truncated_mha
+
+COMMANDS = ("list", "info", "embed", "reconstruct", "demo")
+PNG = b"\x89PNG"
+DECODER = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+WEIGHTS = {
+    "tag": "random",
+    "license": "Apache-2.0",
+    "citation": "nobody",
+    "decoder_spec": {"kind": "mae", "args": DECODER},
+    "volume": {
+        "spacing": [2, 2, 2],
+        "intensity": {"CT": {"kind": "window", "low": -1000, "high": 1000}, "MR": {"kind": "percentile"}},
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The name of a small model with random weights and a decoder, in a folder."""
+    folder = tmp_path_factory.mktemp("model")
+    encoder = medmim.create_model(
+        "vit_t_mae3d", img_size=(64, 96, 64), patch_size=(16, 16, 8), embed_dim=24, depth=1, num_heads=2
+    )
+    decoder = MAEDecoder(24, encoder.grid_size, patch_size=encoder.patch_size, **DECODER)
+    factory.save_pretrained(encoder, folder, decoder=decoder, weights=WEIGHTS)
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Runs `medmim` with arguments in this process; gives the exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/medmim", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def scan_file(folder, name="scan.nii.gz", **options):
+    write_scan(folder / name, **options)
+    return folder / name
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- help, list, info -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(call, command):
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    assert f"Example: medmim {command} " in out
+
+
+def test_list_is_quick_and_imports_nothing_heavy():
+    script = (
+        "import sys; from medmim.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(*{'torch', 'monai', 'timm', 'nibabel', 'matplotlib', 'SimpleITK'} & set(sys.modules))"
+    )
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        out = subprocess.run([sys.executable, "-c", script, "list"], capture_output=True, text=True, check=True).stdout
+        after = os.times()
+        seconds.append(after.children_user - before.children_user + after.children_system - before.children_system)
+    assert "vit_t_mae3d" in out
+    assert out.splitlines()[-1] == ""
+    assert min(seconds) < 0.5
+
+
+def test_list_filters(call):
+    code, out, _ = call("list", "vit_[st]_mae3d")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["model", "vit_s_mae3d", "vit_t_mae3d"]
+
+
+def test_list_without_a_match_says_so(call):
+    code, out, err = call("list", "resnet*")
+    assert (code, out) == (1, "")
+    assert err == "medmim: error: no model matches 'resnet*'; `medmim list` shows all\n"
+
+
+def test_info_of_a_model(call):
+    code, out, _ = call("info", "vit_b_mae3d")
+    assert code == 0
+    assert "embed_dim 768" in out
+
+
+@pytest.mark.parametrize("name", medmim.list_pretrained())
+def test_info_of_weights(call, name):
+    code, out, _ = call("info", name)
+    weights = medmim.model_info(name).weights[0]
+    assert code == 0
+    assert name in out
+    assert weights.license in out
+
+
+def test_info_of_a_wrong_name_gives_the_nearest(call):
+    code, out, err = call("info", "vit_t_mea3d")
+    assert (code, out) == (1, "")
+    assert err.startswith("medmim: error: there is no model 'vit_t_mea3d'; nearest: vit_t_mae3d")
+
+
+# --- reconstruct ------------------------------------------------------------------------------------------------------
+
+
+def test_reconstruct_draws_and_compares(call, model, tmp_path):
+    scan, picture = scan_file(tmp_path, ct=True), tmp_path / "out" / "picture.png"
+    code, out, _ = call("reconstruct", scan, "-o", picture, "-m", model)
+    assert code == 0
+    assert picture.read_bytes().startswith(PNG)
+    errors = {name: float(error) for name, error in re.findall(r"^(\w+(?: \w+)?) +(\d+\.\d+) *$", out, re.MULTILINE)}
+    assert errors.keys() == {"model", "nearest visible", "mean fill"}
+    assert errors["mean fill"] == pytest.approx(1, abs=0.1)
+    assert out.splitlines()[-1] == str(picture)
+
+
+def test_reconstruct_is_decided_by_the_seed(call, model, tmp_path):
+    scan, picture = scan_file(tmp_path), tmp_path / "picture.png"
+    outs = [call("reconstruct", scan, "-o", picture, "-m", model, "--seed", seed)[1] for seed in (0, 0, 1)]
+    assert outs[0] == outs[1] != outs[2]
+
+
+@pytest.mark.parametrize("make", BROKEN, ids=lambda make: make.__name__)
+def test_reconstruct_of_a_broken_scan_is_one_line(call, model, tmp_path, make):
+    (tmp_path / "in").mkdir()
+    scan = make(tmp_path / "in")
+    before = names(tmp_path / "in")
+    code, out, err = call("reconstruct", scan, "-o", tmp_path / "picture.png", "-m", model)
+    assert (code, out) == (1, "")
+    lines = err.splitlines()
+    assert lines[-1].startswith(f"medmim: error: {scan}: ")
+    assert len(lines) == 1 or make is truncated_mha  # the MetaImage library prints past ITK's switch
+    assert names(tmp_path) == ["in"]
+    assert names(tmp_path / "in") == before
+
+
+def test_reconstruct_of_a_scan_smaller_than_a_patch(call, model, tmp_path):
+    scan, picture = scan_file(tmp_path, shape=(5, 4, 3)), tmp_path / "picture.png"
+    code, out, err = call("reconstruct", scan, "-o", picture, "-m", model, "--modality", "MR")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"medmim: error: {scan}: has 1 patch(es) of 16 x 16 x 8 voxels")
+    assert not picture.exists()
+
+
+def test_reconstruct_of_a_scan_smaller_than_a_window(call, model, tmp_path):
+    scan, picture = scan_file(tmp_path, shape=(9, 60, 14)), tmp_path / "picture.png"
+    code, _, err = call("reconstruct", scan, "-o", picture, "-m", model, "--modality", "MR")
+    assert (code, err) == (0, "")
+    assert picture.read_bytes().startswith(PNG)
+
+
+@pytest.mark.slow
+def test_reconstruct_of_512_x_512_x_600(model, tmp_path):
+    """Right, and in bounded memory: the interpreter takes 0.8 GB, the scan 0.3 GB, in float32 0.6 GB."""
+    scan, picture = tmp_path / "scan.nii", tmp_path / "picture.png"
+    slices = np.sin(np.linspace(0, 40, 600)) * 300
+    voxels = np.full((512, 512, 600), -1000, dtype=np.int16, order="F")
+    voxels[60:450, 100:400] = slices.astype(np.int16)
+    nib.Nifti1Image(voxels, np.diag([0.7, 0.7, 0.8, 1])).to_filename(scan)
+    del voxels
+    script = (
+        "import resource; from medmim.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    arguments = ["reconstruct", str(scan), "-o", str(picture), "-m", model]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    mean_fill, peak = re.search(r"mean fill +(\S+)", done.stdout)[1], int(done.stdout.splitlines()[-1])
+    assert float(mean_fill) == pytest.approx(1, abs=0.05)
+    assert picture.read_bytes().startswith(PNG)
+    assert peak < 4 * 2**20  # in KiB
+
+
+# --- embed ------------------------------------------------------------------------------------------------------------
+
+
+def test_embed_reports_a_broken_scan_and_goes_on(call, model, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, same_name = scan_file(tmp_path / "a", ct=True), scan_file(tmp_path / "b", shape=(20, 60, 33))
+    empty, last = tmp_path / "empty.nii.gz", scan_file(tmp_path, "last.nii.gz")
+    empty.touch()
+    output = tmp_path / "features.safetensors"
+    code, out, err = call("embed", first, empty, same_name, last, "-o", output, "-m", model)
+    assert code == 1
+    assert err == f"medmim: error: {empty}: the file is empty; copy or export it again\n"
+    assert out == f"{output}: 3 of 4 scans\n"
+    with safe_open(output, "np") as file:
+        embedded = {key.rpartition("/")[0] for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        assert embedded == {str(first), str(same_name), "last.nii.gz"}
+        assert file.get_tensor("last.nii.gz/pooled").shape == (24,)
+        assert file.get_tensor(f"{same_name}/features").shape == (24, 4, 6, 8)
+        assert np.isfinite(file.get_tensor(f"{first}/features")).all()
+
+
+def test_embed_of_broken_scans_alone_writes_nothing(call, model, tmp_path):
+    (tmp_path / "empty.nii.gz").touch()
+    code, out, _ = call("embed", tmp_path / "empty.nii.gz", "-o", tmp_path / "features.safetensors", "-m", model)
+    assert (code, out) == (1, "")
+    assert names(tmp_path) == ["empty.nii.gz"]
+
+
+# --- how it ends ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reconstruct", "scan.nii.gz"], "--output"),
+        (["reconstruct", "scan.nii.gz", "-o", "picture.jpg"], "must end in .png"),
+        (["reconstruct", "scan.nii.gz", "-o", "picture.png", "--ratio", "1"], "--ratio"),
+        (["reconstruct", "scan.nii.gz", "-o", "picture.png", "--modality", "XR"], "--modality"),
+        (["embed", "-o", "features.safetensors"], "SCANS"),
+        (["embed", "scan.nii.gz", "-o", "features.npz"], "must end in .safetensors"),
+        (["embed", "scan.nii.gz", "scan.nii.gz", "-o", "features.safetensors"], "given twice"),
+        (["segment"], "segment"),
+    ],
+)
+def test_wrong_usage_exits_with_2(call, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert message.lower() in err.lower()
+    assert names(tmp_path) == []
+
+
+def test_a_modality_that_the_weights_do_not_cover(call, model, tmp_path):
+    scan = scan_file(tmp_path)
+    code, _, err = call("reconstruct", scan, "-o", tmp_path / "picture.png", "-m", model, "--modality", "pet")
+    assert code == 1
+    assert err.startswith("medmim: error: modality='PET' is not covered by these weights")
+    assert names(tmp_path) == ["scan.nii.gz"]
+
+
+def test_weights_that_are_not_there(call, tmp_path):
+    code, _, err = call("reconstruct", scan_file(tmp_path), "-o", tmp_path / "picture.png", "-m", "vit_l_mae3d")
+    assert code == 1
+    assert err.startswith("medmim: error: vit_l_mae3d has no weights yet")
+    assert len(err.splitlines()) == 1
+
+
+def test_an_interrupt_leaves_nothing_behind(call, model, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reconstruction, "reconstruct", interrupt)
+    code, _, err = call("reconstruct", scan_file(tmp_path), "-o", tmp_path / "picture.png", "-m", model)
+    assert code == 130
+    assert "Traceback" not in err
+    assert names(tmp_path) == ["scan.nii.gz"]
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "embed"])
+def test_an_output_that_cannot_be_written_is_one_line(call, model, tmp_path, command):
+    scan = scan_file(tmp_path)
+    output = scan / {"reconstruct": "picture.png", "embed": "features.safetensors"}[command]
+    code, _, err = call(command, scan, "-o", output, "-m", model)
+    assert code == 1
+    assert err.startswith("medmim: error: ")
+    assert len(err.splitlines()) == 1
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+SAMPLES = [scan.name for scan in sample_scans()]
+
+
+def test_demo_writes_a_picture_of_each_sample_and_the_features_of_all(call, model, tmp_path):
+    folder = tmp_path / "demo"
+    code, out, err = call("demo", "-o", folder, "-m", model)
+    assert (code, err) == (0, "")
+    assert names(folder) == sorted([*(f"{name}.png" for name in SAMPLES), "features.safetensors"])
+    assert all((folder / f"{name}.png").read_bytes().startswith(PNG) for name in SAMPLES)
+    assert all(name in out for name in (*SAMPLES, str(folder / "features.safetensors")))
+    with safe_open(folder / "features.safetensors", "np") as file:
+        assert {key.partition("/")[0] for key in file.keys()} == set(SAMPLES)  # noqa: SIM118
+
+
+@pytest.mark.skipif(not medmim.is_model("vit_t_mae3d.open_mix"), reason="the weights are not there yet")
+def test_demo_with_the_weights_that_ship(call, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # beside other work, threads that wait for each other take several times longer
+    start = time.perf_counter()
+    try:
+        code, out, _ = call("demo", "-o", tmp_path / "demo")
+    finally:
+        torch.set_num_threads(threads)
+    assert code == 0
+    assert time.perf_counter() - start < 60
+    for name in SAMPLES:
+        errors = [float(error) for error in re.findall(r"\d+\.\d+", re.search(rf"^{name} .*$", out, re.MULTILINE)[0])]
+        assert errors[0] == min(errors), f"{name}: model, nearest visible, mean fill: {errors}"

@@ -1,0 +1,76 @@
+"""What the README shows can be done as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import medmim
+from medmim import cli
+from medmim_training import cli as training_cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SHELL = [
+    line
+    for block in re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.skipif(not medmim.list_pretrained("vit_t_mae3d"), reason="the weights are not there yet")
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[-1][:40])
+def test_python_runs_and_prints_what_is_beside_it(code, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, "README.md", "exec"), {})
+    expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+    assert expected
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_the_two_commands_are_there():
+    install = "python -m venv .venv && . .venv/bin/activate && pip install -e "
+    assert [line for line in SHELL if "pip" in line] == [
+        f"{install}. && medmim demo",
+        f'{install}".[train,test]" && pytest',
+    ]
+
+
+def test_ci_takes_the_test_command_from_the_readme():
+    (pattern,) = re.findall(r"grep -m 1 '(.*)' README\.md", (ROOT / ".ci" / "run").read_text())
+    assert len(re.findall(f"^.*{pattern}", README, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize(("program", "app"), [("medmim", cli.app), ("medmim-train", training_cli.app)])
+def test_commands_exist(program, app):
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    used = {shlex.split(line)[1] for line in SHELL if line.startswith(f"{program} ")}
+    assert used
+    assert used <= known
+
+
+def test_recipes_exist():
+    recipes = {
+        word for line in SHELL if line.startswith("medmim-train ") for word in line.split() if word.startswith("small/")
+    }
+    assert recipes
+    assert all((ROOT / "training" / "recipes" / f"{recipe}.yaml").is_file() for recipe in recipes)
+
+
+def test_table_of_models_is_the_catalog():
+    rows = re.findall(r"^\| `(\w+)` \| (\d+), (\d+), (\d+) \| (\d+ M) \|", README, re.MULTILINE)
+    described = {name: tuple(map(int, numbers)) for name, *numbers, _ in rows}
+    catalog = medmim.list_models("vit_*", exclude="*_p8")
+    assert described == {
+        name: tuple(medmim.model_info(name).args[key] for key in ("embed_dim", "depth", "num_heads"))
+        for name in catalog
+    }
+    assert all(f"({size} parameters)" in medmim.model_info(name).description for name, *_, size in rows)
+    assert all(medmim.is_model(f"{name}_p8") for name in catalog)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
+def test_linked_files_exist(link):
+    assert (ROOT / link).is_file()
