@@ -323,7 +323,7 @@ def _resolve(
         raise WeightsError(
             f"{name} has no weights yet; "
             + (f"weights exist for: {', '.join(known)}; " if known else "no weights are in the catalog; ")
-            + "train and publish your own with `medmim-train publish`, or point to a folder or a repository: "
+            + "train and publish your own with `medmim-train package`, or point to a folder or a repository: "
             'create_model("local-dir:PATH", pretrained=True), create_model("hf-hub:ORG/NAME", pretrained=True)'
         )
     spec = spec.model_copy(update={"weights": info.weights[0]})

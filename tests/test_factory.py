@@ -229,7 +229,7 @@ def test_weights_that_do_not_exist_are_an_error_that_helps(tiny_weights):
         medmim.create_model("vit_l_mae3d_p8", pretrained=True)
     message = str(error.value)
     assert message.startswith("vit_l_mae3d_p8 has no weights yet; weights exist for: ")
-    for part in (*medmim.list_pretrained(), "tiny.fake", "medmim-train publish", "local-dir:PATH", "hf-hub:ORG/NAME"):
+    for part in (*medmim.list_pretrained(), "tiny.fake", "medmim-train package", "local-dir:PATH", "hf-hub:ORG/NAME"):
         assert part in message
     assert "\n" not in message
 
@@ -350,7 +350,7 @@ def test_truncating_the_file_under_a_live_model_is_harmless(tiny_folder):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda c: c.update(family="swin"), UnknownModelError, "there is no model family 'swin'"),
+        (lambda c: c.update(family="nofamily"), UnknownModelError, "there is no model family 'nofamily'"),
         (lambda c: c.update(family="os:path"), SpecError, "config.json: family"),
         (lambda c: c["args"].update(later=1), UnknownModelError, "there is no argument 'later'"),
         (lambda c: c["args"].update(depth="deep"), SpecError, "cannot be built"),

@@ -90,7 +90,7 @@ def test_results_are_means_over_each_group_and_reproducible(model, scans, tmp_pa
     problems = []
     decoder, sources = create_decoder(model), find_sources(listing)
     results = evaluate_reconstruction(model, decoder, sources, report=lambda *event: problems.append(event))
-    assert [(result.dataset, result.cases) for result in results] == [("chest", 1), ("head", 1)]
+    assert [(result.dataset, result.cases) for result in results] == [("chest", 1), ("head", 1), ("all", 2)]
     assert [name for name, problem in problems if problem] == [f"{tmp_path}/text.nii.gz"]
     assert results == evaluate_reconstruction(model, decoder, sources)
     for result in results:

@@ -25,7 +25,7 @@ def evaluate_reconstruction(
     ratio: float = 0.75,
     report: Callable[[str, str | None], None] = lambda name, problem: None,
 ) -> list[Evidence]:
-    """Normalised MSE of hidden voxels, a mean over the scans of each group.
+    """Normalised MSE of hidden voxels, a mean over the scans of each group and over all.
 
     What is hidden depends on the scan's name and nothing else, so that two models see the same.
 
@@ -37,17 +37,19 @@ def evaluate_reconstruction(
         report: Called with each scan's name and its problem, or None when it went well.
 
     Returns:
-        One record a group, with the fills as baselines.
+        One record a group and one for all scans, with the fills as baselines; nothing when no scan could be used.
     """
     errors = defaultdict(list)
     for source in sources:
         try:
-            errors[source.group or "all"].append(_errors(model, decoder, source, ratio))
+            errors[source.group].append(_errors(model, decoder, source, ratio))
         except MedmimError as error:
             report(source.name, str(error))
         else:
             report(source.name, None)
-    return [_evidence(group, rows, ratio) for group, rows in sorted(errors.items())]
+    groups = [_evidence(group, rows, ratio) for group, rows in sorted(errors.items()) if group]
+    every = [row for rows in errors.values() for row in rows]
+    return [*groups, _evidence("all", every, ratio)] if every else []
 
 
 def _errors(model: nn.Module, decoder: nn.Module, source: Source, ratio: float) -> dict[str, float]:
