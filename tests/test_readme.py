@@ -74,3 +74,17 @@ def test_table_of_models_is_the_catalog():
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
 def test_linked_files_exist(link):
     assert (ROOT / link).is_file()
+
+
+def test_the_figures_are_those_of_the_weights_record():
+    """The table of the README beside the evidence in the catalog, from which the card is made."""
+    rows = {
+        cells[0].split("`")[1]: [cell.strip() for cell in cells[1:]]
+        for cells in (line.strip("|").split("|") for line in README.splitlines())
+        if len(cells) == 5 and "`" in cells[0] and "mae3d" not in cells[0]
+    }
+    (weights,) = medmim.model_info("vit_t_mae3d.open_mix").weights
+    assert rows.keys() == {evidence.dataset for evidence in weights.evidence}
+    for evidence in weights.evidence:
+        figures = evidence.value, evidence.baselines["nearest visible"], evidence.baselines["mean fill"]
+        assert rows[evidence.dataset] == [str(evidence.cases), *(f"{figure:.3f}" for figure in figures)]
