@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from medmim_training.engine import pretrain
@@ -39,6 +40,15 @@ RECIPE = {
     "precision": "fp32",
     "output": {"log_every": 1, "checkpoint_every": 5, "pictures_every": 10},
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Sums are split over threads, so results are the same to the last bit only for the same number of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
