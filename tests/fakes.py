@@ -16,6 +16,14 @@ from medmim.spec import ModelSpec
 TINY = {
     "vit": {"img_size": (32, 48, 16), "patch_size": (8, 16, 8), "embed_dim": 48, "depth": 2, "num_heads": 2},
     "resenc": {"img_size": (32, 48, 16), "strides": (1, (2, 4, 2)), "channels": (8, 12), "depths": (1, 2)},
+    "swin": {
+        "img_size": (32, 48, 16),
+        "patch_size": (4, 4, 2),
+        "embed_dim": 12,
+        "depths": (2, 1),
+        "num_heads": (2, 3),
+        "window_size": (3, 4, 3),
+    },
 }
 
 RECORD = {

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medmim.layers.adapt import adapt_in_chans
 from medmim.layers.convolution import ConvNorm, init_convolutional, leaky_relu_
+from medmim.layers.features import chosen_indices
 from medmim.layers.tokens import Size, to_grid_size
 
 
@@ -226,17 +227,6 @@ class ResidualEncoder3D(nn.Module):
         """Volumes (B, in_chans, D, H, W) to class scores (B, num_classes), or to pooled features (B, C) without."""
         return self.forward_head(self.forward_features(x))
 
-    def _stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        depth = len(self.stages)
-        if indices is None:
-            return list(range(depth))
-        if isinstance(indices, int):
-            indices = range(-indices, 0)
-        chosen = [i + depth if i < 0 else i for i in indices]
-        if not chosen or any(not 0 <= i < depth for i in chosen):
-            raise ValueError(f"indices {list(indices)} do not name stages of a model with {depth}")
-        return chosen
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -265,7 +255,7 @@ class ResidualEncoder3D(nn.Module):
         """
         if output_fmt not in ("NCDHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCDHW' or 'NLC'")
-        wanted = self._stage_indices(indices)
+        wanted = chosen_indices(indices, len(self.stages), what="stages")
         stages = self.stages[: max(wanted) + 1] if stop_early else self.stages
         outputs = []
         x = self._embed(x)
@@ -284,7 +274,7 @@ class ResidualEncoder3D(nn.Module):
 
         `patch_size`, `grid_size` and `num_features` become those of the last stage that stays.
         """
-        wanted = self._stage_indices(indices)
+        wanted = chosen_indices(indices, len(self.stages), what="stages")
         kept = max(wanted) + 1
         self.stages, self.channels, self.strides = self.stages[:kept], self.channels[:kept], self.strides[:kept]
         self.set_input_size()

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medmim.layers.adapt import adapt_in_chans, resize_patch_kernel
+from medmim.layers.features import chosen_indices
+from medmim.layers.patch import PatchEmbed
 from medmim.layers.position import resample_position
 from medmim.layers.tokens import Size, patchify, to_grid_size
 from medmim.layers.transformer import DropPath, Mlp, init_transformer
-from medmim.models.vit import PatchEmbed
 
 APART = -100.0  # added to the attention between tokens that only the shift brought together
 
@@ -436,17 +437,6 @@ class SwinTransformer3D(nn.Module):
         """Volumes (B, in_chans, D, H, W) to class scores (B, num_classes), or to pooled features (B, C) without."""
         return self.forward_head(self.forward_features(x))
 
-    def _map_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        number = len(self.stages) + 1
-        if indices is None:
-            return list(range(number))
-        if isinstance(indices, int):
-            indices = range(-indices, 0)
-        chosen = [i + number if i < 0 else i for i in indices]
-        if not chosen or any(not 0 <= i < number for i in chosen):
-            raise ValueError(f"indices {list(indices)} do not name maps of a model with {number}")
-        return chosen
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -476,7 +466,7 @@ class SwinTransformer3D(nn.Module):
         """
         if output_fmt not in ("NCDHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCDHW' or 'NLC'")
-        wanted = self._map_indices(indices)
+        wanted = chosen_indices(indices, len(self.stages) + 1, what="maps")
         outputs = []
         for i in range(max(wanted) + 1 if stop_early else len(self.stages) + 1):
             x = self._run_stage(self.stages[i - 1], x) if i else self._embed(x)
@@ -494,7 +484,7 @@ class SwinTransformer3D(nn.Module):
 
         `num_features` becomes that of the last map that stays.
         """
-        wanted = self._map_indices(indices)
+        wanted = chosen_indices(indices, len(self.stages) + 1, what="maps")
         self.stages = self.stages[: max(wanted)]
         if prune_norm:
             self.norm = nn.Identity()

@@ -15,30 +15,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medmim.layers.adapt import adapt_in_chans, resize_patch_kernel
+from medmim.layers.features import chosen_indices
+from medmim.layers.patch import PatchEmbed
 from medmim.layers.position import resample_position, sincos_position
 from medmim.layers.tokens import Size, gather_patches, gather_tokens, patchify, to_grid_size
 from medmim.layers.transformer import Block, init_transformer
-
-
-class PatchEmbed(nn.Module):
-    """Projects patches (B, N, V) to tokens (B, N, C).
-
-    The weight has the shape of a convolution, as everywhere in the field, but is applied as the matrix that it is, so
-    that it can be given a few patches only.
-    """
-
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: Size) -> None:
-        super().__init__()
-        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer3D(nn.Module):
@@ -275,17 +261,6 @@ class VisionTransformer3D(nn.Module):
         """Volumes (B, in_chans, D, H, W) to class scores (B, num_classes), or to pooled features (B, C) without."""
         return self.forward_head(self.forward_features(x))
 
-    def _block_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        depth = len(self.blocks)
-        if indices is None:
-            return list(range(depth))
-        if isinstance(indices, int):
-            indices = range(-indices, 0)
-        chosen = [i + depth if i < 0 else i for i in indices]
-        if not chosen or any(not 0 <= i < depth for i in chosen):
-            raise ValueError(f"indices {list(indices)} do not name blocks of a model with {depth}")
-        return chosen
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -313,7 +288,7 @@ class VisionTransformer3D(nn.Module):
         """
         if output_fmt not in ("NCDHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCDHW' or 'NLC'")
-        wanted = self._block_indices(indices)
+        wanted = chosen_indices(indices, len(self.blocks), what="blocks")
         blocks = self.blocks[: max(wanted) + 1] if stop_early else self.blocks
         outputs = []
         x = self._embed(x)
@@ -332,7 +307,7 @@ class VisionTransformer3D(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drops the blocks after the last of `indices`, and the norm and head on request; returns the indices."""
-        wanted = self._block_indices(indices)
+        wanted = chosen_indices(indices, len(self.blocks), what="blocks")
         self.blocks = self.blocks[: max(wanted) + 1]
         if prune_norm:
             self.norm = nn.Identity()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fakes import tiny_model
 from medmim.layers.tokens import hidden_voxels
 from medmim.models.vit import VisionTransformer3D
 from medmim_training.methods.simmim import SimMIM
@@ -65,6 +66,21 @@ def test_each_token_predicts_the_voxels_of_its_own_patch(x):
 def test_every_parameter_learns(x):
     method = build()
     method({"x": x}, seeded()).loss.backward()
+    assert [name for name, p in method.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_swin_transformer_never_sees_a_hidden_voxel_and_learns():
+    """Its patches are smaller than what is hidden, and its last tokens stand for more than one of these."""
+    torch.manual_seed(0)
+    encoder = tiny_model("swin_t_simmim3d")
+    method = SimMIM(encoder, unit=[2 * side for side in encoder.patch_size])
+    x = torch.rand(2, 1, 1, *encoder.img_size, generator=seeded())
+    hidden = hidden_of_step(method, x)
+    other = torch.where(hidden[:, None], torch.rand(x.shape), x)
+    first, second = (method({"x": each}, seeded()) for each in (x, other))
+    predicted, again = first.picture().prediction, second.picture().prediction
+    assert torch.equal(predicted[:, hidden[0, 0]], again[:, hidden[0, 0]])
+    first.loss.backward()
     assert [name for name, p in method.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 

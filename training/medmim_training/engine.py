@@ -1,8 +1,8 @@
 """The training loop: it knows crops, a method and a schedule, and no method by name.
 
 Everything random about sample i, its crop and what is hidden of it, is seeded by (seed, i); so a run resumed from a
-checkpoint gives bit for bit the weights of one that was never stopped, with no random state to save, and a batch split
-over ranks or accumulated in parts is the batch of one process.
+checkpoint gives bit for bit the weights of one that was never stopped (on as many threads, since sums are split over
+them), with no random state to save, and a batch split over ranks or accumulated in parts is the batch of one process.
 """
 
 from __future__ import annotations
