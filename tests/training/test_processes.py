@@ -82,7 +82,8 @@ def test_a_preempted_command_has_its_own_exit_code(recipe, store, tmp_path):
     process = subprocess.Popen(
         command(recipe, store, folder), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    while process.poll() is None and not (folder / "metrics.jsonl").is_file():
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):  # the first step is done
         time.sleep(0.01)
     process.terminate()
     _, errors = process.communicate(timeout=60)
