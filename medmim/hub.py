@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from typing import Any
 
 from medmim import __version__
 from medmim.errors import SpecError, WeightsError
-from medmim.files import atomic_write
+from medmim.files import atomic_write, sha256_of
 from medmim.spec import FileSpec, ModelSpec, WeightsSpec
 
 PACKAGED = Path(__file__).parent / "weights"
@@ -348,7 +347,7 @@ def write_config(folder: Path, spec: ModelSpec) -> None:
 def describe_file(folder: Path, name: str) -> FileSpec:
     """The record of a file of a model folder: its name, sha256 and size."""
     path = folder / name
-    return FileSpec(name=name, sha256=_sha256(path), size=path.stat().st_size)
+    return FileSpec(name=name, sha256=sha256_of(path), size=path.stat().st_size)
 
 
 def _shards(index: Path) -> list[str]:
@@ -380,13 +379,8 @@ def _fault(path: Path, file: FileSpec) -> str | None:
     size = path.stat().st_size
     if size != file.size:
         return f"it has {size} bytes, expected {file.size}"
-    found = _sha256(path)
+    found = sha256_of(path)
     return None if found == file.sha256 else f"its sha256 is {found}, expected {file.sha256}"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _state_of(path: Path) -> str:

@@ -151,8 +151,8 @@ def test_a_byte_that_stays_flipped_is_an_error(double, access, tiny_folder):
 
 def test_a_blob_is_hashed_once(access, double, monkeypatch):
     hashed = []
-    sha256 = hub._sha256
-    monkeypatch.setattr(hub, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    sha256 = hub.sha256_of
+    monkeypatch.setattr(hub, "sha256_of", lambda path: hashed.append(path.name) or sha256(path))
     medmim.from_pretrained(REPO, **access)
     medmim.from_pretrained(REPO, **access)
     assert hashed == ["model.safetensors"]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from medmim.errors import MedmimError, SpecError
+from medmim.files import sha256_of
 from medmim.intensity import intensity_map
 from medmim.spec import VolumeSpec
 from medmim.transforms import guess_modality, to_grid
@@ -107,7 +108,7 @@ def _run(sources, folder, volume, present, workers) -> Iterator[tuple[Source, St
 
 def _prepare_one(source: Source, folder: Path, volume: VolumeSpec, present: set) -> StoreEntry | str | None:
     """The new entry, a sentence when the scan cannot be used, or None when the store has it."""
-    digest = _sha256(source.path)
+    digest = sha256_of(source.path) if source.path.is_file() else None
     if (source.name, digest) in present:
         return None
     try:
@@ -153,10 +154,3 @@ def _add(source: Source, digest: str | None, folder: Path, volume: VolumeSpec) -
 def _slug(name: str) -> str:
     stem = name.split("/")[-1].split(".")[0]
     return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:60] or "scan"
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
