@@ -9,7 +9,7 @@ import torch
 from monai.networks.nets import MaskedAutoEncoderViT
 
 from medmim.errors import SpecError
-from medmim.layers.tokens import gather_patches, hidden_voxels, patchify, random_hiding, unpatchify
+from medmim.layers.tokens import gather_patches, hidden_voxels, patchify, random_hiding, scatter_tokens, unpatchify
 from medmim.models.vit import VisionTransformer3D
 from medmim_training.methods import create_method
 from medmim_training.methods.mae import MAE
@@ -75,6 +75,21 @@ def test_the_loss_is_the_mean_over_hidden_voxels():
     picture = method(single, seeded()).picture()
     error = (picture.prediction - single["x"][0, 0])[:, picture.hidden]
     torch.testing.assert_close(method(single, seeded()).loss, error.square().mean())
+
+
+def test_what_lies_outside_of_a_scan_is_not_asked_for():
+    """The first sample's scan ends inside of patches; the second fills its crop. Both weigh the same."""
+    method, data = build(loss="mse"), batch()
+    data["inside"] = torch.tensor([[[[4, 30], [0, 48], [10, 50]]], [[[0, 32], [0, 48], [0, 64]]]])
+    inside = torch.zeros(2, *SIZE, dtype=torch.bool)
+    inside[0, 4:30, :, 10:50] = inside[1] = True
+    counted = hidden_of_step()[:, 0] & inside
+    idx_keep, idx_hidden = random_hiding(2, TOKENS, 0.75, generator=seeded())
+    predicted = method.decoder(method.encoder.forward_visible(data["x"][:, 0], idx_keep), idx_keep, idx_hidden)
+    patches = scatter_tokens(torch.zeros(2, TOKENS, math.prod(PATCH)), idx_hidden, predicted)
+    error = (unpatchify(patches, PATCH, GRID) - data["x"][:, 0])[:, 0].square()
+    expected = [sample[where].mean() for sample, where in zip(error, counted, strict=True)]
+    torch.testing.assert_close(method(data, seeded()).loss, sum(expected) / 2)
 
 
 def test_the_picture_shows_the_scan_where_it_was_visible():

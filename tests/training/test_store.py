@@ -135,6 +135,32 @@ def test_volumes_are_drawn_by_their_foreground(store, recipe):
     np.testing.assert_allclose(draws / 3000, weights / weights.sum(), atol=0.04)
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_a_power_of_the_foreground_evens_volumes_out(store, recipe, power):
+    crops = dataset(store, recipe, foreground_power=power)
+    draws = np.bincount([crops.volume_of(index) for index in range(3000)], minlength=3)
+    weights = np.array([min(entry.foreground, np.prod(SIZE)) for entry in store.entries]) ** power
+    np.testing.assert_allclose(draws / 3000, weights / weights.sum(), atol=0.04)
+
+
+@pytest.mark.parametrize("axes", [(), (0, 1, 2)])
+def test_a_crop_says_where_it_is_inside_its_volume(store, recipe, axes):
+    crops = dataset(store, recipe, mirror_axes=axes)
+    smaller = 0
+    for index in range(24):
+        sample = crops[index]
+        entry = store.entries[int(sample["volume"])]
+        box = [slice(*line) for line in sample["inside"][0].tolist()]
+        sides = [line.stop - line.start for line in box]
+        assert sides == [min(stored, side) for stored, side in zip(entry.shape, SIZE, strict=True)]
+        beyond = torch.ones(SIZE, dtype=torch.bool)
+        beyond[*box] = False
+        outside = entry.intensity.apply(np.float32(entry.minimum))
+        assert torch.all(sample["x"][0, 0][beyond] == float(outside))
+        smaller += bool(beyond.any())
+    assert smaller  # the small scan was among them
+
+
 def test_a_crop_is_a_part_of_its_volume(store, recipe):
     crops = dataset(store, recipe)
     for index in range(12):

@@ -126,10 +126,11 @@ def pretrain(
 
 def _print_plan(recipe: Recipe, tflops: float | None) -> None:
     from medmim_training.plan import make_plan, matrix_product_rate
+    from medmim_training.precision import resolve_precision
 
     needs = make_plan(recipe)
     rate = tflops * 1e12 if tflops else matrix_product_rate(recipe.precision)
-    where = "given" if tflops else f"{recipe.precision} matrix products here"
+    where = "given" if tflops else f"{resolve_precision(recipe.precision)} matrix products here"
     table = Table(title=f"{recipe.name}: {recipe.summary}", show_header=False)
     for name, value in (
         ("parameters", f"{needs.parameters / 1e6:.1f} M, {needs.encoder_parameters / 1e6:.1f} M of them the encoder's"),

@@ -28,6 +28,7 @@ from medmim.files import atomic_write
 from medmim.pictures import reconstruction_picture
 from medmim_training.checkpoint import load_latest, save_checkpoint
 from medmim_training.methods import MethodOutput, create_method
+from medmim_training.precision import resolve_precision
 from medmim_training.preemption import Preempted, stop_requests
 from medmim_training.recipe import Recipe
 from medmim_training.record import Clock, MetricsLog, Report, write_record
@@ -91,8 +92,9 @@ class _Run:
     def __init__(self, recipe: Recipe, store: Store, folder: Path) -> None:
         self.recipe, self.store, self.folder = recipe, store, folder
         store.check(recipe.volume)
+        precision = resolve_precision(recipe.precision)
         self.accelerator = Accelerator(
-            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+            mixed_precision="no" if precision == "fp32" else precision,
             log_with=list(recipe.output.trackers) or None,
             project_dir=folder,
             cpu=not torch.cuda.is_available(),  # without it, accelerate takes processes on CPUs for unrelated ones
@@ -199,6 +201,7 @@ class _Run:
             seed=self.recipe.seed,
             views=self.method.views,
             crops_per_volume=self.recipe.data.crops_per_volume,
+            foreground_power=self.recipe.data.foreground_power,
             mirror_axes=self.recipe.data.mirror_axes,
         )
         first = self.start * self.recipe.batch_size + self.accelerator.process_index

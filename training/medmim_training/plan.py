@@ -13,9 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medmim_training.engine import build_method
 from medmim_training.methods.draws import Generators
+from medmim_training.precision import DTYPES, Precision, resolve_precision
 from medmim_training.recipe import Recipe
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _count(method: torch.nn.Module, batch: dict[str, Tensor], recipe: Recipe, ge
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    precision = PRECISIONS[recipe.precision]
+    precision = DTYPES[resolve_precision(recipe.precision)]
     with FlopCounterMode(display=False) as counter:
         with (
             torch.autocast("cpu", precision, enabled=precision is not torch.float32),
@@ -91,16 +90,16 @@ def _count(method: torch.nn.Module, batch: dict[str, Tensor], recipe: Recipe, ge
     return counter.get_total_flops(), sum(kept.values())
 
 
-def matrix_product_rate(precision: str, *, size: int = 2048, seconds: float = 1.0) -> float:
+def matrix_product_rate(precision: Precision, *, size: int = 2048, seconds: float = 1.0) -> float:
     """FLOP/s of square matrix products on the device at hand, the best of those that fit into about `seconds`.
 
     Args:
-        precision: "fp32", "bf16" or "fp16".
+        precision: As in a recipe.
         size: Rows and columns.
         seconds: How long to measure.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = torch.randn(2, size, size, device=device, dtype=PRECISIONS[precision])
+    a, b = torch.randn(2, size, size, device=device, dtype=DTYPES[resolve_precision(precision)])
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()

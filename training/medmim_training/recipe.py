@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medmim.errors import SpecError
 from medmim.spec import VolumeSpec
+from medmim_training.precision import Precision
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -43,11 +44,14 @@ class DataSection(Section):
 
     Attributes:
         crops_per_volume: Crops taken from a volume once it is opened.
+        foreground_power: A volume is drawn in proportion to its foreground voxels, at most a crop's, to this power: 1
+            shows every voxel about as often, 0 every volume.
         mirror_axes: Axes (0, 1, 2 for D, H, W) along which every other crop is mirrored; axis 0 of RAS is left-right.
         workers: Processes that read ahead; 0 reads in the training process.
     """
 
     crops_per_volume: Positive = 1
+    foreground_power: float = Field(1.0, ge=0, le=1)
     mirror_axes: tuple[Literal[0, 1, 2], ...] = ()
     workers: int = Field(1, ge=0)
 
@@ -98,6 +102,7 @@ class Recipe(Section):
         batch_size: Samples of an optimizer step, over all processes.
         accumulate: Parts that a step's batch is computed in, one after the other; changes memory, not the result.
         ema: Decay of an exponential moving average of the weights, which is then what gets published; None for none.
+        precision: Of the arithmetic, under autocast; weights are float32. "auto" is bf16 where the hardware has it.
         compile: Compiles the encoder's blocks; worth its minutes on a GPU.
     """
 
@@ -112,7 +117,7 @@ class Recipe(Section):
     ema: float | None = Field(None, gt=0, lt=1)
     optimizer: OptimizerSection
     schedule: ScheduleSection
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "auto"
     compile: bool = False
     output: OutputSection = OutputSection()
     seed: int = Field(0, ge=0)

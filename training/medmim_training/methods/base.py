@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from medmim.layers.tokens import (
     Size,
+    gather_patches,
     hidden_voxels,
     patchify,
     scatter_tokens,
@@ -50,6 +52,32 @@ def named_choice(what: str, name: str, known: Mapping[str, Choice]) -> Choice:
     if name not in known:
         raise ValueError(f"{what} is {name!r}; it must be one of {', '.join(known)}")
     return known[name]
+
+
+def inside_scan(batch: Mapping[str, Tensor], idx_hidden: Tensor, unit: Size) -> Tensor | None:
+    """Which voxels of hidden units lie inside the scan: what lies outside of it is unknown, not to be predicted.
+
+    Args:
+        batch: "x" and "inside", as `CropDataset` makes them.
+        idx_hidden: (B, M).
+        unit: Voxels of a unit along (D, H, W).
+
+    Returns:
+        Boolean (B, M, V), or None when all crops lie inside of their scans, or the batch does not say.
+    """
+    if "inside" not in batch:
+        return None
+    channels, *size = batch["x"].shape[2:]
+    first, stop = batch["inside"].flatten(0, 1)[..., None].unbind(2)  # (B, 3, 1) each
+    inside = [
+        (place >= first[:, axis]) & (place < stop[:, axis])  # (B, side)
+        for axis, place in enumerate(torch.arange(side, device=first.device) for side in size)
+    ]
+    if all(bool(line.all()) for line in inside):
+        return None
+    d, h, w = inside
+    voxels = d[:, None, :, None, None] & h[:, None, None, :, None] & w[:, None, None, None, :]  # (B, 1, D, H, W)
+    return gather_patches(voxels.expand(-1, channels, -1, -1, -1), idx_hidden, unit)
 
 
 def paste(x: Tensor, predicted: Tensor, idx_hidden: Tensor, unit: Size) -> Reconstruction:

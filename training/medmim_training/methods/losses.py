@@ -1,6 +1,8 @@
-"""Losses between predictions and targets of equal shape."""
+"""Losses: of hidden voxels against what they were, and of views against each other."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -8,6 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss}
+
+
+def hidden_loss(kind: Callable[..., Tensor], predicted: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean error over the hidden voxels that count, of each sample, then over samples.
+
+    So a scan that fills a tenth of its crop weighs as much as one that fills it all, and a batch computed in parts has
+    the mean of the parts' losses.
+
+    Args:
+        kind: One of `LOSSES`.
+        predicted: (B, M, V).
+        target: (B, M, V).
+        counted: Boolean (B, M, V); None counts all.
+    """
+    if counted is None:
+        return kind(predicted, target)
+    error = kind(predicted, target, reduction="none").masked_fill(~counted, 0).flatten(1).sum(dim=1)
+    return (error / counted.flatten(1).sum(dim=1).clamp(min=1)).mean()
 
 
 def nt_xent(first: Tensor, second: Tensor, *, temperature: float) -> Tensor:

@@ -16,10 +16,10 @@ from medmim.heads.mae import MAEDecoder
 from medmim.layers.tokens import gather_patches
 from medmim.reconstruction import Reconstruction
 from medmim.spec import PartSpec
-from medmim_training.methods.base import MethodOutput, named_choice, paste
+from medmim_training.methods.base import MethodOutput, inside_scan, named_choice, paste
 from medmim_training.methods.draws import Generators
 from medmim_training.methods.hiding import Hiding
-from medmim_training.methods.losses import LOSSES
+from medmim_training.methods.losses import LOSSES, hidden_loss
 from medmim_training.methods.targets import TARGETS
 from medmim_training.store.views import OneCrop
 
@@ -73,7 +73,8 @@ class MAE(nn.Module):
         """The loss of one batch.
 
         Args:
-            batch: "x": volumes (B, V, in_chans, D, H, W) in network units.
+            batch: "x": volumes (B, V, in_chans, D, H, W) in network units; "inside", as `CropDataset` makes it, leaves
+                what lies outside of a scan out of the loss.
             generator: On the CPU, one for the batch or one a sample; decides what is hidden.
         """
         x = batch["x"].flatten(0, 1)  # (B, C, D, H, W)
@@ -81,7 +82,8 @@ class MAE(nn.Module):
         idx_keep, idx_hidden = self.hiding(x, patch_size, generator=generator)
         tokens = self.encoder.forward_visible(x, idx_keep)  # (B, P + K, C)
         predicted = self.decoder(tokens, idx_keep, idx_hidden).float()  # (B, M, V)
-        loss = self.loss(predicted, self.target(gather_patches(x, idx_hidden, patch_size)))
+        target = self.target(gather_patches(x, idx_hidden, patch_size))
+        loss = hidden_loss(self.loss, predicted, target, inside_scan(batch, idx_hidden, patch_size))
 
         def picture() -> Reconstruction:
             return paste(x, predicted, idx_hidden, patch_size)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from medmim.layers.tokens import gather_patches, to_grid_size, unpatchify
 from medmim.reconstruction import Reconstruction
-from medmim_training.methods.base import MethodOutput, named_choice, paste
+from medmim_training.methods.base import MethodOutput, inside_scan, named_choice, paste
 from medmim_training.methods.draws import Generators
 from medmim_training.methods.hiding import Hiding
-from medmim_training.methods.losses import LOSSES
+from medmim_training.methods.losses import LOSSES, hidden_loss
 from medmim_training.methods.targets import TARGETS
 from medmim_training.store.views import OneCrop
 
@@ -78,7 +78,8 @@ class SimMIM(nn.Module):
         """The loss of one batch.
 
         Args:
-            batch: "x": volumes (B, V, in_chans, D, H, W) in network units.
+            batch: "x": volumes (B, V, in_chans, D, H, W) in network units; "inside", as `CropDataset` makes it, leaves
+                what lies outside of a scan out of the loss.
             generator: On the CPU, one for the batch or one a sample; decides what is hidden.
         """
         x = batch["x"].flatten(0, 1)  # (B, C, D, H, W)
@@ -90,7 +91,8 @@ class SimMIM(nn.Module):
         predicted = self.to_voxels(features[:, self.encoder.num_prefix_tokens :])  # (B, n, C * stride voxels)
         volume = unpatchify(predicted, self.stride, to_grid_size(self.encoder.img_size, self.stride))
         predicted = gather_patches(volume, idx_hidden, self.unit).float()  # (B, M, V)
-        loss = self.loss(predicted, self.target(gather_patches(x, idx_hidden, self.unit)))
+        target = self.target(gather_patches(x, idx_hidden, self.unit))
+        loss = hidden_loss(self.loss, predicted, target, inside_scan(batch, idx_hidden, self.unit))
 
         def picture() -> Reconstruction:
             return paste(x, predicted, idx_hidden, self.unit)

@@ -26,7 +26,7 @@ class CropDataset(Dataset):
 
     A volume is drawn with a probability that grows with its foreground up to one crop's worth of voxels: a scan smaller
     than a crop counts for less, a long one does not drown the others. Where a crop runs past the volume it has the
-    volume's minimum.
+    volume's minimum, and says so.
 
     Args:
         store: Where the volumes are.
@@ -36,6 +36,7 @@ class CropDataset(Dataset):
         seed: Decides all samples.
         views: Which boxes of a volume make a sample.
         crops_per_volume: Consecutive samples that come from one volume.
+        foreground_power: What that foreground is raised to, from 1 down to 0, at which all volumes count alike.
         mirror_axes: Axes of (D, H, W) along which a crop is mirrored, each with probability one half.
     """
 
@@ -49,6 +50,7 @@ class CropDataset(Dataset):
         seed: int,
         views: Views | None = None,
         crops_per_volume: int = 1,
+        foreground_power: float = 1.0,
         mirror_axes: Sequence[int] = (),
     ) -> None:
         store.check(volume)
@@ -56,6 +58,7 @@ class CropDataset(Dataset):
         self.length, self.seed = length, seed
         self.crops_per_volume, self.mirror_axes = crops_per_volume, mirror_axes
         weights = np.array([min(entry.foreground, np.prod(size)) for entry in store.entries], dtype=np.float64)
+        weights **= foreground_power
         self.cumulative = np.cumsum(weights / weights.sum())
         self._open: tuple[int, blosc2.NDArray] | None = None
 
@@ -67,18 +70,20 @@ class CropDataset(Dataset):
 
         Returns:
             "x": (V, C, *size) float32 in network units, one crop a view. "boxes": (V, 6) float32, start and end of each
-            view along (D, H, W) as a share of the volume's sides. "volume": its number in the store.
+            view along (D, H, W) as a share of the volume's sides. "inside": (V, 3, 2) int64, first voxel along each
+            axis of a crop that lies inside the volume, and the one behind the last. "volume": its number in the store.
             "index": of the sample.
         """
         position = self.volume_of(index)
         entry, mapping = self.store.entries[position], self.store.intensity(position, self.volume)
         generator = np.random.default_rng([self.seed, CROP_STREAM, index])
         starts = self.views.starts(entry.shape, self.size, generator)
-        crops = np.stack([self._crop(position, start, generator) for start in starts])
+        crops, inside = zip(*(self._crop(position, start, generator) for start in starts), strict=True)
         boxes = np.concatenate([starts, starts + np.array(self.size)], axis=1) / np.tile(entry.shape, 2)
         return {
-            "x": torch.from_numpy(mapping.apply(crops)),
+            "x": torch.from_numpy(mapping.apply(np.stack(crops))),
             "boxes": torch.from_numpy(boxes.astype(np.float32)),
+            "inside": torch.tensor(inside),
             "volume": torch.tensor(position),
             "index": torch.tensor(index),
         }
@@ -88,7 +93,8 @@ class CropDataset(Dataset):
         draw = np.random.default_rng([self.seed, VOLUME_STREAM, index // self.crops_per_volume]).random()
         return min(int(np.searchsorted(self.cumulative, draw, side="right")), len(self.cumulative) - 1)
 
-    def _crop(self, position: int, start: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    def _crop(self, position: int, start: np.ndarray, generator: np.random.Generator):
+        """The crop (C, *size), and from where to where it is inside the volume along each axis."""
         entry = self.store.entries[position]
         crop = np.full((entry.channels, *self.size), entry.minimum, dtype=np.float32)
         source, target = [slice(None)], [slice(None)]
@@ -97,8 +103,12 @@ class CropDataset(Dataset):
             source.append(slice(low, high))
             target.append(slice(low - begin, high - begin))
         crop[tuple(target)] = self._array(position)[tuple(source)]
-        mirrored = [axis + 1 for axis in self.mirror_axes if generator.random() < 0.5]
-        return np.flip(crop, mirrored)
+        inside = [(place.start, place.stop) for place in target[1:]]
+        mirrored = [axis for axis in self.mirror_axes if generator.random() < 0.5]
+        for axis in mirrored:
+            first, stop = inside[axis]
+            inside[axis] = self.size[axis] - stop, self.size[axis] - first
+        return np.flip(crop, [axis + 1 for axis in mirrored]), inside
 
     def _array(self, position: int) -> blosc2.NDArray:
         if self._open is None or self._open[0] != position:
