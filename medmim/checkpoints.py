@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from medmim.errors import WeightsError
 from medmim.files import atomic_write
+from medmim.limits import HEADER_BYTES
 
 SHARD_BYTES = 95_000_000  # git hosts refuse files of 100 MB
 LISTED = 6  # tensors named in an error, of each kind
@@ -55,6 +56,8 @@ def _refuse_other_formats(path: Path) -> None:
         raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
     # Eight bytes of header length, then the header, which is JSON.
     if start[8:] == b"{":
+        if int.from_bytes(start[:8], "little") > HEADER_BYTES:
+            raise WeightsError(f"{path}: not a whole safetensors file (none has a header of over {HEADER_BYTES} bytes)")
         return
     if start[:2] == b"PK" or start[:1] == b"\x80":
         raise WeightsError(

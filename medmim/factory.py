@@ -6,25 +6,29 @@ initialise what is new for the task. Weights are never replaced by random number
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from medmim import hub, registry
 from medmim.checkpoints import load_strictly, misfit, read_tensors, write_tensors
 from medmim.errors import MedmimError, SpecError, UnknownModelError, WeightsError
+from medmim.limits import limited_construction
 from medmim.spec import ModelSpec, WeightsSpec
 
 # By the kind that a record of weights names; a class from elsewhere is never built.
 DECODERS = {"mae": "medmim.heads.mae:MAEDecoder"}
+
+# What a constructor raises for sizes that make no sense; ArithmeticError for a patch of 0, LookupError for no stages.
+UNBUILDABLE = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError)
 
 # Arguments that a model's own methods change after it was built; the model's attributes of these names are current.
 CHANGEABLE = ("img_size", "patch_size", "num_classes", "global_pool")
@@ -78,12 +82,15 @@ def create_model(
     access = hub.HubAccess(token, cache_dir, endpoint, local_files_only)
     stored, place = _resolve(name, revision, access, needs_weights=pretrained and checkpoint_path is None)
     family = registry.find_family(stored.family, needed_by=name)
-    _check_keywords(family.cls, stored.args, f"config.json of {name}" if place else name)
+    _check_stored(family.cls, stored.args, f"config.json of {name}" if place else name)
     _check_keywords(family.cls, kwargs, name)
     args = registry.as_arguments({**stored.args, **kwargs})
 
+
     loads = pretrained or checkpoint_path is not None
-    with torch.device("meta") if loads else contextlib.nullcontext():
+    if loads or place is not None:  # what a file asks for is tried where it costs nothing
+        model = _construct_within_limits(family.cls, args, name)
+    if not loads:
         model = _construct(family.cls, args, name)
     weights = None
     if checkpoint_path is not None:
@@ -188,11 +195,10 @@ def create_decoder(model: nn.Module) -> nn.Module:
         if args.setdefault(key, value) != value:
             raise WeightsError(f"the decoder of {name} is for {key} {args[key]}, the model has {value}; build it so")
     args |= {"encoder_dim": model.num_features, "grid_size": model.grid_size}
-    _check_keywords(cls, args, f"decoder of {name}")
+    _check_stored(cls, args, f"decoder of {name}")
 
     path = model.weights_place.fetch(weights.decoder)
-    with torch.device("meta"):
-        decoder = _construct(cls, args, f"decoder of {name}")
+    decoder = _construct_within_limits(cls, args, f"decoder of {name}")
     like = next(model.parameters())
     load_strictly(decoder, read_tensors([path]), source=str(path), device=like.device, dtype=like.dtype)
     _materialise(decoder)
@@ -350,13 +356,36 @@ def _defaults(cls: Callable[..., nn.Module]) -> dict[str, Any]:
     return {key: p.default for key, p in _accepted(cls).items() if p.default is not p.empty}
 
 
+def _check_stored(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str) -> None:
+    """Refuses arguments from a file that the constructor does not have, or of another type than it declares."""
+    _check_keywords(cls, args, name)
+    try:
+        types = get_type_hints(cls.__init__)
+    except (NameError, TypeError):  # of a registered class whose annotations cannot be read
+        return
+    for key, value in registry.as_arguments(args).items():
+        if key in types:
+            try:
+                TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
+                    value, strict=True
+                )
+            except ValidationError as error:
+                raise SpecError(f"{name}: {key}: {error.errors()[0]['msg']}") from None
+
+
 def _construct(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str) -> nn.Module:
     try:
         return cls(**args)
     except MedmimError:
         raise
-    except (TypeError, ValueError, RuntimeError) as error:
+    except UNBUILDABLE as error:
         raise SpecError(f"{name} cannot be built with these arguments: {error}") from error
+
+
+def _construct_within_limits(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str) -> nn.Module:
+    """The model on the meta device, where it takes no memory; refused when it is larger than any honest one."""
+    with torch.device("meta"), limited_construction(name):
+        return _construct(cls, args, name)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -418,7 +447,7 @@ def _adapt(
     tensors = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     try:
         return family.adapt(tensors, model, source_args)
-    except (ValueError, RuntimeError, TypeError) as error:
+    except UNBUILDABLE as error:
         raise WeightsError(f"{source} cannot be fitted to the model: {error}") from error
 
 

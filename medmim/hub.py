@@ -19,16 +19,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from medmim import __version__
 from medmim.errors import SpecError, WeightsError
 from medmim.files import atomic_write, sha256_of
-from medmim.spec import FileSpec, ModelSpec, WeightsSpec
+from medmim.limits import CONFIG_BYTES, read_json
+from medmim.spec import INSIDE, FileSpec, ModelSpec, WeightsSpec
 
 PACKAGED = Path(__file__).parent / "weights"
 CONFIG, ENCODER = "config.json", "model.safetensors"
-JSON_BYTES = 1_000_000  # a config or an index of ours has a few thousand
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -60,9 +59,25 @@ class Folder:
         return self
 
     def find(self, name: str) -> Path | None:
-        """The path of a file, None when there is none."""
+        """The path of a file, None when there is none.
+
+        Raises:
+            WeightsError: When it is a link that leads out of the folder, which may have been copied from a stranger.
+        """
         path = self.path / name
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        if not path.resolve().is_relative_to(self._bounds()):
+            raise WeightsError(f"{path}: a link that leads out of the model folder; copy the file itself there")
+        return path
+
+    def _bounds(self) -> Path:
+        """Where the files of the folder may lie: inside it, or for a snapshot of the Hub's cache, inside the cache."""
+        path = self.path.resolve()
+        # CACHE/models--ORG--NAME/snapshots/COMMIT has links to the blobs of its repository, which may link on.
+        if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+            return path.parents[2]
+        return path
 
     def fetch(self, file: FileSpec) -> Path:
         """The path of a file whose bytes have been checked.
@@ -77,6 +92,13 @@ class Folder:
         if fault:
             raise WeightsError(f"{path}: damaged ({fault}); copy or save the model again")
         return path
+
+
+class Installed(Folder):
+    """A model folder that ships with medmim; some installers make each file of a package a link."""
+
+    def _bounds(self) -> Path:
+        return Path(self.path.resolve().anchor)
 
 
 @dataclass(frozen=True)
@@ -241,7 +263,7 @@ def place_of_weights(name: str, weights: WeightsSpec, access: HubAccess) -> Plac
     Raises:
         WeightsError: When they are neither installed nor published.
     """
-    packaged = Folder(PACKAGED / name)
+    packaged = Installed(PACKAGED / name)
     if all(packaged.find(file.name) for file in weights.encoder):
         return packaged
     if weights.repo is None:
@@ -301,7 +323,7 @@ def read_model(place: Place) -> tuple[ModelSpec, Place]:
     path = place.find(CONFIG)
     if path is None:
         raise WeightsError(f"{place}: not a model folder, it has no {CONFIG} (medmim.save_pretrained writes one)")
-    spec = ModelSpec.parse(_read_json(path), source=str(path))
+    spec = ModelSpec.parse(read_json(path, CONFIG_BYTES, error=WeightsError), source=str(path))
     if isinstance(place, Repository):
         commit = path.parent.name
         place = replace(place, revision=commit if COMMIT.fullmatch(commit) else place.revision)
@@ -351,24 +373,15 @@ def describe_file(folder: Path, name: str) -> FileSpec:
 
 
 def _shards(index: Path) -> list[str]:
-    data = _read_json(index)
+    data = read_json(index, CONFIG_BYTES, error=WeightsError)
     files = data.get("weight_map") if isinstance(data, Mapping) else None
     if not isinstance(files, Mapping) or not files or not all(isinstance(name, str) for name in files.values()):
         raise WeightsError(f"{index}: weight_map must map tensors to files")
     names = sorted(set(files.values()))
     for name in names:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+        if not INSIDE.fullmatch(name) or "/" in name or not name.endswith(".safetensors"):
             raise WeightsError(f"{index}: {name!r} must be a safetensors file beside the index")
     return names
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > JSON_BYTES:
-            raise WeightsError(f"{path}: larger than {JSON_BYTES} bytes, which no file of its kind is")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: not readable as JSON ({error})") from None
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medmim.errors import SpecError, UnknownModelError
+from medmim.limits import CONFIG_BYTES, plain_arguments, read_text
 
 if TYPE_CHECKING:
     from medmim.spec import WeightsSpec
 
 CATALOG = Path(__file__).parent / "catalog"
 
+_OWN_CODE = re.compile(r"medmim(?:\.\w+)+:\w+")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")  # medmim.spec has the same rule; importing it would cost every listing pydantic
 
 
@@ -248,18 +250,56 @@ def _catalog() -> tuple[dict[str, Mapping[str, str]], dict[str, _Entry]]:
     """Families (import paths of their class and adapter) and models of the TOML files, one family a file."""
     families, models = {}, {}
     for path in sorted(CATALOG.glob("*.toml")):
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-        families[path.stem] = data["family"]
-        for name, model in data["models"].items():
-            models[name] = _Entry(
-                family=path.stem,
-                description=model["description"],
-                args=as_arguments({**data["family"].get("args", {}), **model.get("args", {})}),
-                tags=tuple(model.get("tags", ())),
-                weights=tuple(model.get("weights", ())),
-                source=f"catalog/{path.name}",
-            )
+        families[path.stem], entries = read_catalog(path)
+        models |= entries
     return families, models
+
+
+def read_catalog(path: Path) -> tuple[Mapping[str, Any], dict[str, _Entry]]:
+    """One file of the catalog: its family, and its models by name.
+
+    Weights records are read only as far as a listing needs them.
+
+    Raises:
+        SpecError: For what is no TOML, and for what is missing or of another type than it must be.
+    """
+    source = f"catalog/{path.name}"
+    try:
+        data = tomllib.loads(read_text(path, CONFIG_BYTES))
+    # A number of too many digits is a ValueError too.
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, SpecError) else SpecError(f"{source}: not readable as TOML ({error})") from None
+    family = _require(data, "family", dict, source)
+    for key in ("class", "adapt"):
+        if key in family and not _OWN_CODE.fullmatch(_require(family, key, str, source)):
+            raise SpecError(f"{source}: {key} {family[key]!r} must be code of medmim; use register_model for your own")
+    _require(family, "class", str, source)
+    shared = _require(family, "args", dict, source, {})
+    models = {}
+    for name, model in _require(data, "models", dict, source).items():
+        if not _NAME.fullmatch(name) or not isinstance(model, dict):
+            raise SpecError(f"{source}: {name!r} must be a name of lower-case letters, digits and _, and a table")
+        where = f"{source}: {name}"
+        args = {**shared, **_require(model, "args", dict, where, {})}
+        try:
+            args = as_arguments(plain_arguments(args))
+        except ValueError as error:
+            raise SpecError(f"{where}: args: {error}") from None
+        weights = tuple(_require(model, "weights", list, where, []))
+        if not all(isinstance(record, dict) and isinstance(record.get("tag"), str) for record in weights):
+            raise SpecError(f"{where}: weights must be records with a tag each")
+        tags = tuple(_require(model, "tags", list, where, []))
+        if not all(isinstance(tag, str) for tag in tags):
+            raise SpecError(f"{where}: tags must be words")
+        models[name] = _Entry(path.stem, _require(model, "description", str, where), args, tags, weights, source)
+    return family, models
+
+
+def _require(table: Mapping[str, Any], key: str, kind: type, source: str, default: Any = None) -> Any:
+    value = table.get(key, default)
+    if not isinstance(value, kind):
+        raise SpecError(f"{source}: {key} must be {'a table' if kind is dict else f'a {kind.__name__}'}")
+    return value
 
 
 def _models() -> dict[str, _Entry]:

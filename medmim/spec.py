@@ -9,18 +9,23 @@ Sizes and spacings are 3-tuples over array axes (D, H, W) after reorientation to
 from __future__ import annotations
 
 import re
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medmim.errors import SpecError
+from medmim.limits import plain_arguments
 
 SCHEMA_VERSION = 1
 
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 Spacing = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 Modality = Literal["CT", "MR", "PET"]
+Arguments = Annotated[dict[str, Any], AfterValidator(plain_arguments)]  # of a constructor
+
+# A path inside a folder, which means the same file on every system: no "..", no drive, no device of Windows.
+_PART = r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|/|$))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_-])?"
+INSIDE = re.compile(rf"{_PART}(?:/{_PART})*", re.ASCII | re.IGNORECASE)
 
 
 class Record(BaseModel):
@@ -125,9 +130,8 @@ class FileSpec(Record):
     @field_validator("name")
     @classmethod
     def _stays_inside(cls, value: str) -> str:
-        path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts or "\\" in value or value in ("", "."):
-            raise ValueError(f"{value!r} must be a path inside the model folder")
+        if not INSIDE.fullmatch(value):
+            raise ValueError(f"{value!r} must be a path inside the model folder, of letters, digits, '_', '-' and '.'")
         return value
 
 
@@ -171,7 +175,7 @@ class PartSpec(Record):
     """A module published beside the encoder (the pretraining decoder): its kind and constructor arguments."""
 
     kind: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Arguments = Field(default_factory=dict)
 
 
 class WeightsSpec(Record):
@@ -202,6 +206,12 @@ class WeightsSpec(Record):
     evidence: tuple[Evidence, ...] = ()
     converter: str | None = None
 
+    @model_validator(mode="after")
+    def _separate_files(self):
+        if len({file.name.lower() for file in self.files}) < len(self.files):
+            raise ValueError("two of the files have the same name where case does not count")
+        return self
+
     @property
     def files(self) -> tuple[FileSpec, ...]:
         return tuple(f for f in (*self.encoder, self.decoder, self.golden) if f is not None)
@@ -221,7 +231,7 @@ class ModelSpec(Record):
     medmim: int = Field(SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
     architecture: str = Field(pattern=NAME.pattern)
     family: str = Field(pattern=NAME.pattern)
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Arguments = Field(default_factory=dict)
     weights: WeightsSpec | None = None
 
     @property

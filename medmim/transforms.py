@@ -20,6 +20,7 @@ from scipy.ndimage import gaussian_filter1d
 
 from medmim.errors import ScanError, SpecError
 from medmim.intensity import intensity_map
+from medmim.limits import VOXELS
 from medmim.spec import VolumeSpec
 from medmim.volumes import Volume, load_volume
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 AIR = -300  # HU; below it lie air, lung and the outside of a patient, and nothing in MR or PET
 AIR_FRACTION = 0.01
 
-MAX_VOXELS = 1_000_000_000  # 4 GB in float32; a body of 2 m at 1 mm has half of it
 SLAB_VOXELS = 8_000_000  # resampled at a time on the way back; a coordinate grid needs 12 bytes a voxel
 
 
@@ -60,14 +60,17 @@ def to_grid(volume: Volume, spec: VolumeSpec) -> MetaTensor:
         `original_shape` of the scan.
 
     Raises:
-        ScanError: When the result would have more than `MAX_VOXELS`, as a header in the wrong unit makes it.
+        ScanError: When the result would have too many voxels, or less than half of one along an axis, as a header in
+            the wrong unit makes it.
     """
     ratios = np.divide(_spacing_along_file_axes(volume, spec), volume.spacing)
-    if math.prod(volume.array.shape / np.array([1, *ratios])) > MAX_VOXELS:
-        raise ScanError(
-            f"{volume.name}: {' x '.join(f'{size:g}' for size in volume.spacing)} mm voxels give too large a volume at "
-            f"{spec.spacing} mm; correct the spacing in its header, or cut the scan"
-        )
+    sides = volume.array.shape[1:] / ratios
+    for word, is_wrong in (("large", len(volume.array) * math.prod(sides) > VOXELS), ("small", min(sides) < 0.5)):
+        if is_wrong:
+            raise ScanError(
+                f"{volume.name}: {' x '.join(f'{size:g}' for size in volume.spacing)} mm voxels give too {word} a "
+                f"volume at {spec.spacing} mm; correct the spacing in its header, or cut the scan"
+            )
     array = np.array(volume.array, dtype=np.float32, order="C")  # a copy, smoothed in place below
     for axis, ratio in enumerate(ratios, start=1):
         sigma = (ratio - 1) / 2

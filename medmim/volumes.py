@@ -8,6 +8,7 @@ DICOM and ITK use LPS and are converted). Everything that cannot be used as one 
 from __future__ import annotations
 
 import logging
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medmim.errors import ScanError
+from medmim.limits import DEFLATION, VOXELS
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -32,6 +34,11 @@ DICOM_MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PET"}
 DICOM_POSITION, DICOM_ORIENTATION, DICOM_MODALITY = "0020|0032", "0020|0037", "0008|0060"
 DICOM_SERIES_UID, DICOM_DESCRIPTION = "0020|000e", "0008|103e"
 DICOM_INTERCEPT, DICOM_SLOPE = "0028|1052", "0028|1053"
+DICOM_VOXELS = "voxels"  # of one file; no tag, but what follows from several
+
+SPACING = 1e-6, 1e6  # mm; a header with less or more in it is broken, and numbers computed from it would overflow
+
+HEADER_BYTES = 1_000_000  # of NRRD and MetaImage, in which they may name another file
 
 # Slice distances are written with few decimals; a missing slice is off by 100 %.
 SLICE_TOLERANCE = 0.1
@@ -89,9 +96,13 @@ def load_volume(path: str | Path) -> Volume:
         ScanError: One sentence that starts with the path and says what to do.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name that is too long
+        raise ScanError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if is_folder:
         array, affine, modality = _read_dicom_folder(path)
-    elif not path.exists():
+    elif not is_file:
         raise ScanError(f"{path}: no such file or folder; check the path")
     elif path.stat().st_size == 0:
         raise ScanError(f"{path}: the file is empty; copy or export it again")
@@ -120,6 +131,25 @@ def _check_frames(shape: tuple[int, ...], path: Path) -> None:
         )
 
 
+def _check_claim(shape: tuple[int, ...], room: int, path: Path, format_name: str) -> None:
+    """Refuses voxels that a header claims and its file cannot hold, before memory is taken for them.
+
+    Args:
+        shape: As the header says.
+        room: Voxels that a file of this size can hold at the most.
+        path: The file, for the error.
+        format_name: Likewise.
+    """
+    voxels = math.prod(map(int, shape))
+    if voxels > VOXELS:
+        raise ScanError(f"{path}: its header claims {voxels} voxels, and at most {VOXELS} are read; cut the scan")
+    if voxels > room:
+        raise ScanError(
+            f"{path}: cannot be read as {format_name} (its header claims {voxels} voxels, a file of this size holds at "
+            f"most {room}); copy or export it again"
+        )
+
+
 def _check_array(array: np.ndarray, name: str) -> None:
     if array.ndim != 4:
         raise ScanError(
@@ -144,8 +174,9 @@ def _check_array(array: np.ndarray, name: str) -> None:
 
 
 def _check_affine(affine: np.ndarray, name: str) -> None:
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not (spacing > 0).all():
+    with np.errstate(all="ignore"):
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or not ((spacing >= SPACING[0]) & (spacing <= SPACING[1])).all():
         raise ScanError(f"{name}: voxel spacing {_times(spacing)} mm is not usable; correct the header")
     if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         raise ScanError(f"{name}: the affine is singular (two axes point the same way); correct the header")
@@ -166,8 +197,11 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with _quiet(nib.imageglobals.logger):
             # No memory map: a file that is cut short while it is mapped kills the process.
-            image = nib.load(path, mmap=False)
+            image = _nifti_class(path).from_filename(path, mmap=False)
             _check_frames(image.shape, path)
+            content = path.stat().st_size * (1 if path.name.lower().endswith(".nii") else DEFLATION)
+            room = max(content - int(image.dataobj.offset), 0) // image.get_data_dtype().itemsize
+            _check_claim(image.shape, room, path, "NIfTI")
             _check_nifti_spacing(image, path)
             scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
             if scaled and image.get_data_dtype().kind in "iuf":
@@ -180,6 +214,27 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ScanError(f"{path}: cannot be read as NIfTI ({_one_line(error)}); copy or export it again") from None
     # (D, H, W, 1, ...) -> (D, H, W)
     return array.reshape(array.shape[:3]) if array.ndim > 3 else array, image.affine
+
+
+def _nifti_class(path: Path) -> type[nib.Nifti1Image]:
+    """What reads the file: NIfTI-1 or 2, without extensions, which may be of any size once unpacked and are not used.
+
+    nibabel's own choice would parse XML too, of files that say that they are CIFTI.
+    """
+    import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.nifti1 import Nifti1Extensions
+
+    class NoExtensions(Nifti1Extensions):
+        @classmethod
+        def from_fileobj(cls, fileobj, size, byteswap):
+            return cls()
+
+    for image in (nib.Nifti1Image, nib.Nifti2Image):
+        if image.path_maybe_image(path)[0]:
+            header = type("Header", (image.header_class,), {"exts_klass": NoExtensions})
+            return type("Image", (image,), {"header_class": header})
+    raise ImageFileError("its header is neither that of NIfTI-1 nor of NIfTI-2")
 
 
 @contextmanager
@@ -228,14 +283,43 @@ def _itk(path: Path, format_name: str) -> Iterator[None]:
 def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK as sitk
 
-    with _itk(path, "NRRD" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImage"):
+    format_name = "NRRD" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImage"
+    data = _data_file(path, format_name)
+    with _itk(path, format_name):
         reader = sitk.ImageFileReader()
+        reader.SetImageIO("NrrdImageIO" if format_name == "NRRD" else "MetaImageIO")
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
         _check_frames(reader.GetSize(), path)
         _check_components(reader, path)
+        _check_claim(reader.GetSize(), data.stat().st_size * DEFLATION, path, format_name)
         image = reader.Execute()
     return _array_and_affine(image)
+
+
+def _data_file(path: Path, format_name: str) -> Path:
+    """The file with the voxels: the header's own, or another one in its folder.
+
+    Raises:
+        ScanError: When they are in several files, or in one elsewhere, which a header from a stranger must not name.
+    """
+    with open(path, "rb") as file:
+        header = file.read(HEADER_BYTES)
+    if format_name == "NRRD":
+        header = re.split(rb"\r?\n\r?\n", header, maxsplit=1)[0]
+    data = path
+    for name in re.findall(rb"^\s*(?:ElementDataFile\s*[=:]|data ?file\s*:)[ \t]*(.*?)\s*$", header, re.I | re.M):
+        if name.upper() == b"LOCAL":
+            continue
+        text = name.decode("utf-8", "replace")
+        if text.upper().startswith("LIST") or "%" in text or "\0" in text:
+            raise ScanError(f"{path}: its voxels are in several files ({text}); save them as one")
+        data = path.parent / text
+        if not data.resolve().is_relative_to(path.parent.resolve()):
+            raise ScanError(f"{path}: its voxels are in another folder ({text}); copy that file beside it")
+        if not data.is_file():
+            raise ScanError(f"{path}: the file with its voxels is missing ({text}); copy it beside it")
+    return data
 
 
 def _check_components(reader: sitk.ImageFileReader, path: Path) -> None:
@@ -300,7 +384,8 @@ def _dicom_header(file: str) -> dict[str, str]:
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(file)
     reader.ReadImageInformation()
-    return {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
+    header = {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
+    return header | {DICOM_VOXELS: str(math.prod(reader.GetSize()))}
 
 
 def _describe_series(uid: str, files: tuple[str, ...]) -> str:
@@ -315,6 +400,8 @@ def _read_dicom_series(files: tuple[str, ...], path: Path) -> tuple[np.ndarray, 
     with _itk(path, "DICOM"):
         headers = [_dicom_header(file) for file in files]
         modality = DICOM_MODALITIES.get(headers[0].get(DICOM_MODALITY, ""))
+        # Compressed slices may be of any ratio, so only the sum of all is bounded.
+        _check_claim((len(files), max(int(header[DICOM_VOXELS]) for header in headers)), VOXELS, path, "DICOM")
         if len(files) == 1:  # one file that holds all slices, or a single slice, which is refused later
             image = sitk.ReadImage(files[0], imageIO="GDCMImageIO")
         else:
@@ -335,8 +422,8 @@ def _read_dicom_series(files: tuple[str, ...], path: Path) -> tuple[np.ndarray, 
 def _order_slices(files, headers: list[dict[str, str]], path: Path) -> tuple[list[str], np.ndarray]:
     """Files in the order of their positions, and the step in mm (LPS) from one slice to the next."""
     try:
-        positions = np.array([_numbers(header[DICOM_POSITION]) for header in headers])  # (slices, 3)
-        orientations = np.array([_numbers(header[DICOM_ORIENTATION]) for header in headers])  # (slices, 6)
+        positions = _numbers(headers, DICOM_POSITION, 3)  # (slices, 3)
+        orientations = _numbers(headers, DICOM_ORIENTATION, 6)  # (slices, 6)
     except (KeyError, ValueError):
         raise ScanError(
             f"{path}: some of its {len(files)} DICOM files have no slice position; give one 3-D series (not a "
@@ -364,8 +451,16 @@ def _order_slices(files, headers: list[dict[str, str]], path: Path) -> tuple[lis
     return [files[index] for index in order], step
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split("\\")]
+def _numbers(headers: list[dict[str, str]], tag: str, count: int) -> np.ndarray:
+    """The numbers of a tag: (slices, count).
+
+    Raises:
+        KeyError, ValueError: When a slice has not that many finite ones.
+    """
+    numbers = np.array([[float(number) for number in header[tag].split("\\")] for header in headers])
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{tag} is not finite")
+    return numbers.reshape(len(headers), count)
 
 
 def _one_line(error: Exception) -> str:

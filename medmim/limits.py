@@ -1,0 +1,139 @@
+"""What a file from outside may cost: bounds on what is read, believed and built because of it.
+
+Configs, indices, headers, recipes and scans come from strangers. Each bound here is far above anything honest and far
+below what harms a machine, and is applied in one place, before memory or time is spent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medmim.errors import MedmimError, SpecError
+
+CONFIG_BYTES = 1_000_000  # of a config or an index of shards; ours have a few thousand
+LIST_BYTES = 200_000_000  # of a data list, or of the index of a store: a million scans
+HEADER_BYTES = 10_000_000  # of a safetensors header: a hundred bytes a tensor
+
+ARGUMENT_DEPTH, ARGUMENT_VALUES, ARGUMENT_LENGTH = 5, 1_000, 1_000  # of the arguments of a model, and of a text in them
+ARGUMENT_SIZE = 1_000_000  # of a number: no network is a million wide, deep or long
+
+MODULES = 20_000  # of a model; the largest here have some hundreds
+PARAMETERS = 5_000_000_000  # 20 GB in float32
+BUFFERS = 500_000_000  # numbers that no file stores, such as fixed positions
+
+VOXELS = 1_000_000_000  # of a scan: 4 GB in float32; a body of 2 m at 1 mm has half of it
+DEFLATION = 1032  # zlib makes a file at most so many times smaller
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path, limit: int, *, error: type[MedmimError] = SpecError) -> str:
+    """The text of a file.
+
+    Args:
+        path: The file, in UTF-8.
+        limit: Bytes that no honest file of its kind exceeds.
+        error: What is raised.
+
+    Raises:
+        MedmimError: For a file that is larger, cannot be read, or is no text.
+    """
+    try:
+        return _read(path, limit, error).decode("utf-8")
+    except UnicodeDecodeError:
+        raise error(f"{path}: not readable as text in UTF-8") from None
+
+
+def read_json(path: Path, limit: int, *, error: type[MedmimError] = SpecError) -> Any:
+    """What a JSON file holds; see `read_text`."""
+    return parse_json(_read(path, limit, error), source=str(path), error=error)
+
+
+def parse_json(text: str | bytes, *, source: str, error: type[MedmimError] = SpecError) -> Any:
+    """What JSON text says; `source` names where it is from in the error."""
+    try:
+        return json.loads(text)
+    # Bytes in another encoding and numbers of too many digits are a ValueError too.
+    except (ValueError, RecursionError) as failure:
+        raise error(f"{source}: not readable as JSON ({failure})") from None
+
+
+def _read(path: Path, limit: int, error: type[MedmimError]) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as failure:
+        raise error(f"{path}: cannot be read ({failure.strerror})") from None
+    if len(content) > limit:
+        raise error(f"{path}: larger than {limit} bytes, which no file of its kind is")
+    return content
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def plain_arguments(args: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments as they are, checked for what no network can mean.
+
+    Raises:
+        ValueError: For numbers that are not finite or too large, and for too much or too deeply nested data.
+    """
+    pending, values = [(args, 0)], 0
+    while pending:
+        value, depth = pending.pop()
+        values += 1
+        if depth > ARGUMENT_DEPTH or values > ARGUMENT_VALUES:
+            raise ValueError(f"more than {ARGUMENT_VALUES} values, or nested more than {ARGUMENT_DEPTH} deep")
+        if isinstance(value, Mapping):
+            pending += ((each, depth + 1) for pair in value.items() for each in pair)
+        elif isinstance(value, list | tuple):
+            pending += ((each, depth + 1) for each in value)
+        elif isinstance(value, str) and len(value) > ARGUMENT_LENGTH:
+            raise ValueError(f"a text of more than {ARGUMENT_LENGTH} characters")
+        elif isinstance(value, int | float) and not abs(value) <= ARGUMENT_SIZE:  # NaN is refused too
+            raise ValueError(f"a number beyond {ARGUMENT_SIZE}")
+    return args
+
+
+@contextmanager
+def limited_construction(name: str) -> Iterator[None]:
+    """Stops the construction of a model, best on the meta device, once it is larger than any honest one.
+
+    Args:
+        name: Of the model, for the error.
+
+    Raises:
+        SpecError: When it has too many modules, parameters or buffers.
+    """
+    from torch.nn.modules import module
+
+    room = {"modules": MODULES, "parameters": PARAMETERS, "numbers in buffers": BUFFERS}
+    thread = threading.get_ident()  # the hooks are of the whole process
+
+    def take(what: str, amount: int) -> None:
+        if threading.get_ident() != thread:
+            return
+        room[what] -= amount
+        if room[what] < 0:
+            raise SpecError(f"{name}: its arguments ask for more {what} than any model has; they are not believed")
+
+    def count(what: str):
+        return lambda owner, key, tensor: take(what, math.prod(tensor.shape)) if tensor is not None else None
+
+    hooks = [
+        module.register_module_module_registration_hook(lambda owner, key, child: take("modules", 1)),
+        module.register_module_parameter_registration_hook(count("parameters")),
+        module.register_module_buffer_registration_hook(count("numbers in buffers")),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
