@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from medmim.command import report, run
-from medmim.errors import ScanError, UnknownModelError
+from medmim.command import Terminal, report, run
+from medmim.errors import ScanError, UnknownModelError, printable
 
 if TYPE_CHECKING:
     from medmim.spec import WeightsSpec
@@ -27,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Encoders for 3-D medical scans, pretrained by masked image modelling.",
 )
-console = Console(markup=False, highlight=False)
+console = Terminal()
 
 
 class Modality(StrEnum):
@@ -250,7 +249,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    terminal = Console(stderr=True, highlight=False)
+    terminal = Terminal(stderr=True)
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(printable(what), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

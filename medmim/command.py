@@ -1,4 +1,4 @@
-"""How a command line of medmim ends: one line for an error that medmim raised on purpose, no traceback."""
+"""How a command line of medmim speaks: text as it is, and one line for an error raised on purpose, no traceback."""
 
 from __future__ import annotations
 
@@ -6,8 +6,21 @@ import sys
 from pathlib import Path
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
-from medmim.errors import MedmimError
+from medmim.errors import MedmimError, printable
+
+
+class Terminal(Console):
+    """A console that shows text as it is: names from files and servers are no markup, and command no terminal."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(markup=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **options) -> Text:
+        """Every text that is printed, in a table or alone, comes through here."""
+        return super().render_str(printable(text, keep="\n\t"), **options)
 
 
 def run(app: typer.Typer) -> None:
@@ -27,4 +40,4 @@ def run(app: typer.Typer) -> None:
 
 def report(error: MedmimError | OSError) -> None:
     """Prints an error as one line that starts with the name of the command."""
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}", file=sys.stderr)

@@ -86,7 +86,6 @@ def create_model(
     _check_keywords(family.cls, kwargs, name)
     args = registry.as_arguments({**stored.args, **kwargs})
 
-
     loads = pretrained or checkpoint_path is not None
     if loads or place is not None:  # what a file asks for is tried where it costs nothing
         model = _construct_within_limits(family.cls, args, name)

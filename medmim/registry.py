@@ -268,7 +268,9 @@ def read_catalog(path: Path) -> tuple[Mapping[str, Any], dict[str, _Entry]]:
         data = tomllib.loads(read_text(path, CONFIG_BYTES))
     # A number of too many digits is a ValueError too.
     except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, SpecError) else SpecError(f"{source}: not readable as TOML ({error})") from None
+        raise (
+            error if isinstance(error, SpecError) else SpecError(f"{source}: not readable as TOML ({error})")
+        ) from None
     family = _require(data, "family", dict, source)
     for key in ("class", "adapt"):
         if key in family and not _OWN_CODE.fullmatch(_require(family, key, str, source)):

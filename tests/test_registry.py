@@ -122,7 +122,7 @@ def test_every_set_of_weights_is_whole(name):
 
 def test_a_catalog_file_gives_families_models_and_weights(registry, monkeypatch, tmp_path):
     catalog = {
-        "family": {"class": "fractions:Fraction", "args": {"numerator": 3, "sides": [1, 2, 3]}},
+        "family": {"class": "medmim.spec:Window", "args": {"numerator": 3, "sides": [1, 2, 3]}},
         "models": {
             "half": {"description": "d", "args": {"denominator": 2}, "weights": [WEIGHTS]},
             "other": {"description": "d", "args": {"numerator": 4}},
@@ -137,7 +137,7 @@ def test_a_catalog_file_gives_families_models_and_weights(registry, monkeypatch,
         assert medmim.model_info("half").args == {"numerator": 3, "sides": (1, 2, 3), "denominator": 2}
         assert medmim.model_info("other").args["numerator"] == 4
         assert medmim.model_info("half").weights[0].repo == "org/name"
-        assert registry.find_family("number", needed_by="half").cls.__name__ == "Fraction"
+        assert registry.find_family("number", needed_by="half").cls.__name__ == "Window"
         assert registry.find_family("number", needed_by="half").adapt is None
     finally:
         registry._catalog.cache_clear()

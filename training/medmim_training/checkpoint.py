@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from medmim.errors import MedmimError, WeightsError
 from medmim.files import atomic_write
 
 NAME, BEST = re.compile(r"^step-(\d{8})\.pt$"), "best.pt"
+PARTS = {"step", "best", "spent", "method", "optimizer"}  # of the state of a run
 
 
 class CheckpointError(MedmimError):
@@ -25,7 +27,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     Args:
         folder: Of the run's checkpoints.
         step: Steps done.
-        state: Tensors and plain data.
+        state: Tensors and plain data; `PARTS` and more.
         keep: How many of the newest stay.
         best: Whether this is the best so far, to be kept as `best.pt` whatever comes later.
 
@@ -59,11 +61,18 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     if not found:
         return None
     try:
-        return torch.load(found[-1], map_location="cpu", weights_only=True)
+        # torch writes archives that are not compressed; one that is may unpack to more than any memory holds.
+        with zipfile.ZipFile(found[-1]) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("it is compressed")
+        state = torch.load(found[-1], map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not state.keys() >= PARTS:
+            raise ValueError(f"it lacks {', '.join(sorted(PARTS))}")
     except Exception as error:
         # torch raises whatever the damaged archive makes it trip over; there is no common base class.
-        fault = type(error).__name__
+        fault = str(error) if type(error) is ValueError else type(error).__name__
         raise WeightsError(f"{found[-1]}: damaged ({fault}); delete it to go on from the one before") from error
+    return state
 
 
 def _checkpoints(folder: Path) -> list[Path]:

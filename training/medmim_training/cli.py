@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from medmim.command import run
-from medmim.errors import ScanError, SpecError
+from medmim.command import Terminal, run
+from medmim.errors import ScanError, SpecError, printable
 
 if TYPE_CHECKING:
     from medmim_training.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
-console = Console()
+console = Terminal()
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def inspect(
     console.print(table)
     for name, draw in (("histograms.png", draw_histograms), ("contact_sheet.png", draw_contact_sheet)):
         draw(opened, folder / name)
-        console.print(folder / name)
+        console.print(str(folder / name))
 
 
 @app.command()
@@ -107,9 +107,10 @@ def pretrain(
     from medmim_training.record import Report
     from medmim_training.store.index import Store
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")
+    what, state = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[state]}"))
+    columns = what, BarColumn(), MofNCompleteColumn(), state
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(chosen.name, total=chosen.schedule.steps, state="")
+        task = progress.add_task(printable(chosen.name), total=chosen.schedule.steps, state="")
 
         def watch(step: Report) -> None:
             state = (
@@ -198,24 +199,22 @@ def package(
 
     Example: `medmim-train package runs/vit_t -o vit_t --data store --tag ours --license CC-BY-4.0 --citation us.bib`
     """
-    import json
-
+    from medmim.limits import CONFIG_BYTES, read_json, read_text
     from medmim.spec import Evidence
     from medmim_training.publish import ENTRY_FILE
     from medmim_training.publish import package as make_folder
     from medmim_training.store.index import Store
 
-    for path in (citation, evidence):
-        if path is not None and not path.is_file():
-            raise SpecError(f"{path}: no such file")
-    results = json.loads(evidence.read_text("utf-8")) if evidence else []
+    results = read_json(evidence, CONFIG_BYTES) if evidence else []
+    if not isinstance(results, list):
+        raise SpecError(f"{evidence}: must be the list of results that `medmim-train evaluate` writes")
     spec = make_folder(
         run,
         out,
         store=Store(data),
         tag=tag,
         license=license,
-        citation=citation.read_text("utf-8"),
+        citation=read_text(citation, CONFIG_BYTES),
         evidence=tuple(Evidence.parse(result, source=str(evidence)) for result in results),
     )
     console.print(f"{spec.name}: {out}")
@@ -234,6 +233,6 @@ def _reporting(progress: Progress, title: str, total: int) -> Callable[[str, str
     def report(name: str, problem: str | None) -> None:
         progress.advance(task)
         if problem:
-            progress.console.print(f"[yellow]left out[/] {problem}", soft_wrap=True, highlight=False)
+            progress.console.print(Text("left out", style="yellow"), problem, soft_wrap=True)
 
     return report

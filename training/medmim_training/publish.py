@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import tomli_w
@@ -12,10 +11,11 @@ from safetensors.torch import save_file
 
 from medmim import hub
 from medmim.cards import render_card
-from medmim.errors import SpecError
+from medmim.errors import SpecError, WeightsError
 from medmim.factory import save_pretrained
 from medmim.files import atomic_write
 from medmim.golden import GOLDEN_FILE, golden_outputs
+from medmim.limits import CONFIG_BYTES, read_json
 from medmim.spec import Evidence, ModelSpec, TrainingRecord
 from medmim_training.checkpoint import load_latest
 from medmim_training.engine import CHECKPOINTS, RECIPE_FILE, RECORD_FILE, build_method
@@ -55,11 +55,16 @@ def package(
     run, folder = Path(run), Path(folder)
     if not (run / RECORD_FILE).is_file():
         raise SpecError(f"{run}: no finished run ({RECORD_FILE} is missing); `medmim-train pretrain` goes on with it")
-    training = TrainingRecord.parse(json.loads((run / RECORD_FILE).read_text("utf-8")), source=str(run / RECORD_FILE))
+    training = TrainingRecord.parse(read_json(run / RECORD_FILE, CONFIG_BYTES), source=str(run / RECORD_FILE))
     recipe = load_recipe(str(run / RECIPE_FILE))
     method = build_method(recipe)
     checkpoint = load_latest(run / CHECKPOINTS)
-    method.load_state_dict(checkpoint.get("average") or checkpoint["method"])
+    if checkpoint is None:
+        raise SpecError(f"{run}: it has no checkpoint; `medmim-train pretrain` in a new folder makes one")
+    try:
+        method.load_state_dict(checkpoint.get("average") or checkpoint["method"])
+    except RuntimeError as error:
+        raise WeightsError(f"{run}: its checkpoint does not fit its recipe ({error})") from None
     encoder = method.encoder.eval()
     decoder = method.decoder.eval() if method.decoder_spec is not None else None
 

@@ -13,9 +13,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medmim.errors import SpecError
-from medmim.spec import VolumeSpec
+from medmim.limits import read_text
+from medmim.spec import Arguments, VolumeSpec
 from medmim_training.precision import Precision
 
+RECIPE_BYTES = 100_000  # ours have two thousand; PyYAML needs seconds for more
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -29,14 +31,14 @@ class ModelSection(Section):
     """Which encoder: a name of the catalog and arguments that differ from it."""
 
     name: str
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Arguments = Field(default_factory=dict)
 
 
 class MethodSection(Section):
     """Which method and its arguments (see the classes in `medmim_training.methods`)."""
 
     name: str
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Arguments = Field(default_factory=dict)
 
 
 class DataSection(Section):
@@ -154,10 +156,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     if not path.is_file():
         near = difflib.get_close_matches(name, list_recipes(), n=3, cutoff=0.4)
         raise SpecError(f"there is no recipe {name!r}; nearest: {', '.join(near or list_recipes())}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    data = _parse_yaml(read_text(path, RECIPE_BYTES), source=str(path))
     if not isinstance(data, dict):
         raise SpecError(f"{path}: a recipe is a mapping of keys to values")
     for override in overrides:
@@ -168,14 +167,28 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         raise SpecError(f"{path}: {_explain(error)}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain data without aliases, of which a few lines can unfold to more than any memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"*{self.peek_event().anchor}: aliases are not read, write the value out")
+        return super().compose_node(parent, index)
+
+
+def _parse_yaml(text: str, *, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    # Of a date that does not exist or a number of too many digits, PyYAML lets the constructor's ValueError through.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SpecError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
         raise SpecError(f"{override!r} is no override; write key=value, such as optimizer.lr=3e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SpecError(f"{override!r}: the value is not valid YAML") from None
+    value = _parse_yaml(text, source=repr(override))
     *sections, last = key.split(".")
     for section in sections:
         data = data.setdefault(section, {})

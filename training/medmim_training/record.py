@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from medmim.files import atomic_write
-from medmim.spec import DataSource, TrainingRecord
+from medmim.limits import LIST_BYTES, parse_json, read_text
+from medmim.spec import DataSource, Record, TrainingRecord
 from medmim_training.recipe import Recipe
 from medmim_training.store.index import Store
 
@@ -72,6 +73,13 @@ class Clock:
         return {key: self.spent[key] + now[key] - self.start[key] for key in now}
 
 
+class _Logged(Record):
+    """What a resumed run needs of a line of `metrics.jsonl`."""
+
+    step: int
+    loss: float
+
+
 class MetricsLog:
     """`metrics.jsonl`, a line a report.
 
@@ -82,9 +90,14 @@ class MetricsLog:
 
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        self.losses = [json.loads(line)["loss"] for line in kept]
+        lines = read_text(path, LIST_BYTES).splitlines() if path.is_file() else []
+        read = [
+            (line, _Logged.parse(parse_json(line, source=f"{path}:{number}"), source=f"{path}:{number}"))
+            for number, line in enumerate(lines, start=1)
+            if line.endswith("}")  # the last one may be cut short
+        ]
+        kept = [line for line, logged in read if logged.step <= start]
+        self.losses = [logged.loss for _, logged in read if logged.step <= start]
         with atomic_write(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from medmim.spec import VolumeSpec
-from medmim_training.store.index import Store
+from medmim_training.store.index import Store, read_array
 from medmim_training.store.views import OneCrop, Views
 
 VOLUME_STREAM, CROP_STREAM = 0, 1  # independent random streams of one seed
@@ -102,7 +102,7 @@ class CropDataset(Dataset):
             low, high = max(begin, 0), min(begin + wanted, stored)
             source.append(slice(low, high))
             target.append(slice(low - begin, high - begin))
-        crop[tuple(target)] = self._array(position)[tuple(source)]
+        crop[tuple(target)] = read_array(self._array(position), tuple(source))
         inside = [(place.start, place.stop) for place in target[1:]]
         mirrored = [axis for axis in self.mirror_axes if generator.random() < 0.5]
         for axis in mirrored:

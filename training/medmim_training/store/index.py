@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from pydantic import Field
 from medmim.errors import SpecError
 from medmim.files import atomic_write
 from medmim.intensity import IntensityMap, intensity_map
+from medmim.limits import CONFIG_BYTES, LIST_BYTES, VOXELS, parse_json, read_json, read_text
 from medmim.spec import Modality, Record, Size, Spacing, VolumeSpec
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+
+HEADER_BYTES = 100_000  # of an array file, in which it says what it is
 
 STORE_FILE, INDEX_FILE, PROBLEMS_FILE, VOLUMES = "store.json", "index.jsonl", "problems.jsonl", "volumes"
 
@@ -36,7 +40,7 @@ class StoreEntry(Record):
         low, high, clip: The intensity map of the store's rule for this volume's modality.
     """
 
-    id: str
+    id: str = Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")
     source: str
     sha256: str | None = None
     group: str = ""
@@ -48,7 +52,7 @@ class StoreEntry(Record):
     spacing: Spacing
     foreground: int = Field(ge=0)
     minimum: float
-    percentiles: tuple[float, ...]
+    percentiles: tuple[float, ...] = Field(min_length=len(PERCENTILES), max_length=len(PERCENTILES))
     low: float
     high: float
     clip: bool
@@ -73,8 +77,13 @@ class Store:
             raise SpecError(f"{self.folder}: the store holds no volume; {PROBLEMS_FILE} in it says what was refused")
 
     def array(self, position: int) -> blosc2.NDArray:
-        """The stored volume (C, D, H, W) number `position`, opened but not read: slicing reads what it needs."""
-        return blosc2.open(str(self.folder / VOLUMES / f"{self.entries[position].id}.b2nd"), mode="r")
+        """The stored volume (C, D, H, W) number `position`, opened but not read: `read_array` reads what is needed.
+
+        Raises:
+            SpecError: When the file is damaged, or is not what the index says.
+        """
+        entry = self.entries[position]
+        return open_array(self.folder / VOLUMES / f"{entry.id}.b2nd", (entry.channels, *entry.shape))
 
     def intensity(self, position: int, volume: VolumeSpec) -> IntensityMap:
         """The map from stored values to network units that `volume` prescribes for volume number `position`."""
@@ -86,7 +95,7 @@ class Store:
 
     @cache  # noqa: B019 - a store lives as long as the run
     def _other_intensity(self, position: int, rule) -> IntensityMap:
-        return intensity_map(rule, self.array(position)[...])
+        return intensity_map(rule, read_array(self.array(position)))
 
     def check(self, volume: VolumeSpec) -> None:
         """Raises SpecError when volumes prepared for this store cannot be used as `volume` says."""
@@ -104,16 +113,18 @@ class Store:
             )
 
 
+class _StoreFile(Record):
+    """`store.json`."""
+
+    volume: VolumeSpec
+
+
 def read_store_spec(folder: Path) -> VolumeSpec:
     """The preprocessing that the store at `folder` was prepared with."""
     path = folder / STORE_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpecError(f"{folder}: no store ({STORE_FILE} is missing); `medmim-train prepare` makes one") from None
-    except json.JSONDecodeError as error:
-        raise SpecError(f"{path}: not valid JSON ({error})") from None
-    return VolumeSpec.parse(data.get("volume"), source=str(path))
+    if not path.is_file():
+        raise SpecError(f"{folder}: no store ({STORE_FILE} is missing); `medmim-train prepare` makes one")
+    return _StoreFile.parse(read_json(path, CONFIG_BYTES), source=str(path)).volume
 
 
 def write_store_spec(folder: Path, volume: VolumeSpec) -> None:
@@ -127,9 +138,10 @@ def read_index(folder: Path) -> list[StoreEntry]:
     path = folder / INDEX_FILE
     entries = []
     if path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        for number, line in enumerate(read_text(path, LIST_BYTES).splitlines(keepends=True), start=1):
             if line.endswith("\n"):
-                entries.append(StoreEntry.parse(json.loads(line), source=f"{path}:{number}"))
+                source = f"{path}:{number}"
+                entries.append(StoreEntry.parse(parse_json(line, source=source), source=source))
     # Preparing in parallel writes in the order of completion; training must not depend on it.
     return sorted(entries, key=lambda entry: entry.id)
 
@@ -145,3 +157,40 @@ def write_array(folder: Path, name: str, array: np.ndarray) -> None:
     with atomic_write(folder / VOLUMES / f"{name}.b2nd") as path:
         path.unlink()  # blosc2 refuses to write over a file
         blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=cparams, urlpath=str(path))
+
+
+def open_array(path: Path, shape: tuple[int, ...]) -> blosc2.NDArray:
+    """Opens a stored volume and checks it against what the index says; its numbers are not read.
+
+    Raises:
+        SpecError: When the file is missing, damaged, or holds anything but one array of numbers of that shape.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+        # Some versions of blosc2 run the code that such a file may hold when it is opened.
+        if any(kind in header for kind in (b"LazyArray", b"proxy-source", b"b2o")):
+            raise ValueError("it holds something else than numbers")
+        array = blosc2.open(str(path), mode="r")
+    # blosc2 raises what its parts happen to raise for a damaged file.
+    except Exception as error:
+        raise SpecError(f"{path}: cannot be opened ({error}); delete its line of {INDEX_FILE}, prepare again") from None
+    is_array = isinstance(array, blosc2.NDArray) and array.shape == tuple(shape) and array.dtype.kind in "iuf"
+    if not is_array or math.prod(shape) > VOXELS or any(c > side for c, side in zip(array.chunks, shape, strict=True)):
+        raise SpecError(
+            f"{path}: is not the volume of shape {tuple(shape)} that the index says; delete its line of {INDEX_FILE}, "
+            "prepare again"
+        )
+    return array
+
+
+def read_array(array: blosc2.NDArray, where: tuple[slice, ...] = ()) -> np.ndarray:
+    """A part of a stored volume, by default all of it.
+
+    Raises:
+        SpecError: When the file is damaged there.
+    """
+    try:
+        return array[where or ...]
+    except Exception as error:  # see `open_array`
+        raise SpecError(f"{array.urlpath}: damaged ({error}); delete its line of {INDEX_FILE}, prepare again") from None

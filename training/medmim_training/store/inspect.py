@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from medmim.files import atomic_write
-from medmim_training.store.index import Store
+from medmim_training.store.index import Store, read_array
 
 SHOWN = 48  # volumes of a contact sheet, spread over the store
 COLUMNS = 8
@@ -52,7 +52,8 @@ def draw_contact_sheet(store: Store, path: str | Path) -> None:
     for place, position in enumerate(chosen.tolist(), start=1):
         entry = store.entries[position]
         middle = entry.shape[2] // 2
-        plane = store.array(position)[0, :, :, middle : middle + 1][..., 0]  # (D, H)
+        part = (slice(0, 1), slice(None), slice(None), slice(middle, middle + 1))
+        plane = read_array(store.array(position), part)[0, ..., 0]  # (D, H)
         axes = figure.add_subplot(rows, COLUMNS, place)
         axes.imshow(entry.intensity.apply(plane.astype(np.float32)).T, cmap="gray", vmin=0, vmax=1, origin="lower")
         axes.set_title(f"{entry.id[:22]}\n{entry.modality}", fontsize=5, color="white")

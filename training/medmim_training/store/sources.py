@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from medmim.errors import SpecError
+from medmim.limits import LIST_BYTES, read_json, read_text
 
 SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 PATH_COLUMNS = ("file", "image", "path")
@@ -67,21 +67,20 @@ def _search(folder: Path) -> list[Source]:
 
 def _read_csv(source: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Column names and rows."""
-    with open(source, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
+    reader = csv.DictReader(read_text(source, LIST_BYTES).splitlines(keepends=True))
+    try:
         return list(reader.fieldnames or []), list(reader)
+    except csv.Error as error:
+        raise SpecError(f"{source}: line {reader.line_num}: not readable as CSV ({error})") from None
 
 
 def _read_json(source: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Column names and rows, with the name of the list each row was in as its `split`."""
-    try:
-        data = json.loads(source.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise SpecError(f"{source}: not valid JSON ({error})") from None
+    data = read_json(source, LIST_BYTES)
     lists = {name: items for name, items in data.items() if name in SPLITS} if isinstance(data, dict) else {}
     rows = []
     for split, items in lists.items():
-        for item in items:
+        for item in items if isinstance(items, list) else [items]:
             name = item.get("image") if isinstance(item, dict) else item
             if not isinstance(name, str):
                 raise SpecError(f"{source}: {split!r} must list file names, or records whose image is one file name")
@@ -103,6 +102,9 @@ def _from_rows(source: Path, columns: list[str], rows: list[dict[str, str]], whe
     if path_column is None:
         raise SpecError(f"{source}: needs a column {' or '.join(PATH_COLUMNS)}, has {', '.join(columns)}")
     filters = [_parse_filter(text, columns, source) for text in where]
+    for number, row in enumerate(rows, start=1):
+        if not row[path_column]:
+            raise SpecError(f"{source}: row {number} has no {path_column}")
     return [
         Source(
             path=source.parent / row[path_column],
