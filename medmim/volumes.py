@@ -23,6 +23,7 @@ from medmim.errors import ScanError
 from medmim.limits import DEFLATION, VOXELS
 
 if TYPE_CHECKING:
+    import nibabel as nib
     import SimpleITK as sitk
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -39,6 +40,7 @@ DICOM_VOXELS = "voxels"  # of one file; no tag, but what follows from several
 SPACING = 1e-6, 1e6  # mm; a header with less or more in it is broken, and numbers computed from it would overflow
 
 HEADER_BYTES = 1_000_000  # of NRRD and MetaImage, in which they may name another file
+NRRD_FIELD = 500  # characters of a field in its header; three vectors in full precision have 230
 
 # Slice distances are written with few decimals; a missing slice is off by 100 %.
 SLICE_TOLERANCE = 0.1
@@ -307,6 +309,12 @@ def _data_file(path: Path, format_name: str) -> Path:
         header = file.read(HEADER_BYTES)
     if format_name == "NRRD":
         header = re.split(rb"\r?\n\r?\n", header, maxsplit=1)[0]
+        for line in header.splitlines():
+            # ITK's reader writes past its buffers for a field of a thousand characters; comments and pairs are safe.
+            if len(line) > NRRD_FIELD and not re.match(rb"#|[^:]*:=", line):
+                raise ScanError(
+                    f"{path}: cannot be read as NRRD (it has a field of {len(line)} characters); save it again"
+                )
     data = path
     for name in re.findall(rb"^\s*(?:ElementDataFile\s*[=:]|data ?file\s*:)[ \t]*(.*?)\s*$", header, re.I | re.M):
         if name.upper() == b"LOCAL":
@@ -315,9 +323,13 @@ def _data_file(path: Path, format_name: str) -> Path:
         if text.upper().startswith("LIST") or "%" in text or "\0" in text:
             raise ScanError(f"{path}: its voxels are in several files ({text}); save them as one")
         data = path.parent / text
-        if not data.resolve().is_relative_to(path.parent.resolve()):
+        try:
+            is_inside, is_file = data.resolve().is_relative_to(path.parent.resolve()), data.is_file()
+        except OSError as error:  # a name that is too long
+            raise ScanError(f"{path}: the file with its voxels cannot be read ({error.strerror})") from None
+        if not is_inside:
             raise ScanError(f"{path}: its voxels are in another folder ({text}); copy that file beside it")
-        if not data.is_file():
+        if not is_file:
             raise ScanError(f"{path}: the file with its voxels is missing ({text}); copy it beside it")
     return data
 
