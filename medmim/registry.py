@@ -264,13 +264,12 @@ def read_catalog(path: Path) -> tuple[Mapping[str, Any], dict[str, _Entry]]:
         SpecError: For what is no TOML, and for what is missing or of another type than it must be.
     """
     source = f"catalog/{path.name}"
+    text = read_text(path, CONFIG_BYTES)
     try:
-        data = tomllib.loads(read_text(path, CONFIG_BYTES))
+        data = tomllib.loads(text)
     # A number of too many digits is a ValueError too.
     except (ValueError, RecursionError) as error:
-        raise (
-            error if isinstance(error, SpecError) else SpecError(f"{source}: not readable as TOML ({error})")
-        ) from None
+        raise SpecError(f"{source}: not readable as TOML ({error})") from None
     family = _require(data, "family", dict, source)
     for key in ("class", "adapt"):
         if key in family and not _OWN_CODE.fullmatch(_require(family, key, str, source)):
