@@ -312,9 +312,7 @@ def _data_file(path: Path, format_name: str) -> Path:
         for line in header.splitlines():
             # ITK's reader writes past its buffers for a field of a thousand characters; comments and pairs are safe.
             if len(line) > NRRD_FIELD and not re.match(rb"#|[^:]*:=", line):
-                raise ScanError(
-                    f"{path}: cannot be read as NRRD (it has a field of {len(line)} characters); save it again"
-                )
+                raise ScanError(f"{path}: cannot be read as NRRD (a field has {len(line)} characters); save it again")
     data = path
     for name in re.findall(rb"^\s*(?:ElementDataFile\s*[=:]|data ?file\s*:)[ \t]*(.*?)\s*$", header, re.I | re.M):
         if name.upper() == b"LOCAL":

@@ -1,10 +1,11 @@
-"""Files from strangers: whatever is in them, they are read or refused with one clean error, quickly and in little memory.
+"""Files from strangers: whatever is in them, they are read or refused with one clean error, and cost little.
 
 The parsers are the table in `parsers.py`; `fuzz/` runs the same table for longer.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -25,7 +26,7 @@ HOSTILE = (
         "con",
         "a\0b",
         "\x1b]0;x\x07",
-        "[bold]x[/bold]",
+        "[bold]x[/]",
         "\ud800",
         "é\u202e",
         "x" * 10_000,
@@ -126,7 +127,7 @@ def altered(draw: st.DrawFn, content: bytes) -> bytes:
         if isinstance(place, dict) and draw(st.integers(0, 5)) == 0:
             place[draw(st.sampled_from([text for text in HOSTILE if isinstance(text, str)]))] = place.pop(key)
         else:
-            place[key] = draw(st.sampled_from(HOSTILE))
+            place[key] = copy.deepcopy(draw(st.sampled_from(HOSTILE)))  # a later edit may be inside it
     return json.dumps(data[0]).encode() + b"\n"
 
 

@@ -23,8 +23,8 @@ _ENCODER = re.compile(
     r"(?:(?P<stem>stem\.convs\.0)|stages\.(?P<stage>\d+)\.blocks\.(?P<block>\d+)\.(?P<module>conv1|conv2|skip\.[01]))"
     + _TENSOR
 )
-_DECODER_LEVEL = re.compile(r"decoder\.stages\.(?P<level>\d+)\.convs\.0" + _TENSOR)
-_DECODER_OTHER = re.compile(r"decoder\.(?P<module>transpconvs|seg_layers)\.(?P<level>\d+)\.(?P<name>weight|bias)")
+_DECODER_LEVEL = re.compile(r"decoder\.stages\.(?P<level>\d{1,2})\.convs\.0" + _TENSOR)
+_DECODER_OTHER = re.compile(r"decoder\.(?P<module>transpconvs|seg_layers)\.(?P<level>\d{1,2})\.(?P<name>weight|bias)")
 _OURS = re.compile(
     r"(?:(?P<stem>stem)|stages\.(?P<stage>\d+)\.(?P<block>\d+)\.(?P<module>conv1|conv2|shortcut\.[01]))"
     r"\.(?P<part>conv|norm)\.(?P<name>weight|bias)"

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing (atheris) of the parsers in `../parsers.py`; see README.md.
 
-    python tests/fuzz/fuzz.py "NRRD" -max_total_time=60     one parser, until something other than a MedmimError escapes
-    python tests/fuzz/fuzz.py --all 60 -o results.json      each for so many seconds, in a process of its own
+python tests/fuzz/fuzz.py "NRRD" -max_total_time=60     one parser, until something other than a MedmimError escapes
+python tests/fuzz/fuzz.py --all 60 -o results.json      each for so many seconds, in a process of its own
 """
 
 from __future__ import annotations
