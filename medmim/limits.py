@@ -23,7 +23,7 @@ HEADER_BYTES = 10_000_000  # of a safetensors header: a hundred bytes a tensor
 ARGUMENT_DEPTH, ARGUMENT_VALUES, ARGUMENT_LENGTH = 5, 1_000, 1_000  # of the arguments of a model, and of a text in them
 ARGUMENT_SIZE = 1_000_000  # of a number: no network is a million wide, deep or long
 
-MODULES = 20_000  # of a model; the largest here have some hundreds
+MODULES = 5_000  # of a model; the largest here have some hundreds
 PARAMETERS = 5_000_000_000  # 20 GB in float32
 BUFFERS = 500_000_000  # numbers that no file stores, such as fixed positions
 

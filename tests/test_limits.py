@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import tracemalloc
 import zipfile
 
 import blosc2
@@ -43,8 +44,8 @@ def test_an_error_is_one_printable_line():
 
 def test_the_terminal_shows_names_as_they_are():
     out = io.StringIO()
-    Terminal(file=out, width=200).print("[bold]a[/] [link=x]b[/link] \x1b[31mred\x07\ttab\nline")
-    assert out.getvalue() == "[bold]a[/] [link=x]b[/link] \\x1b[31mred\\x07 tab\nline\n".replace("\\x07 tab", "\\x07  tab")
+    Terminal(file=out, width=200).print("[bold]a[/] [link=x]b[/link] \x1b[31mred\x07\nline")
+    assert out.getvalue() == "[bold]a[/] [link=x]b[/link] \\x1b[31mred\\x07\nline\n"
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def test_a_catalog_names_no_code_but_our_own(tmp_path):
 
 
 def test_a_layer_number_of_any_length_is_refused():
-    with pytest.raises(WeightsError, match="not a tensor"):
+    with pytest.raises(WeightsError, match=r"decoder\.seg_layers\.999"):
         from_unet_decoder({f"decoder.seg_layers.{'9' * 5_000}.weight": torch.zeros(1)})
 
 
@@ -208,9 +209,9 @@ def changed_header(**fields) -> bytes:
     [
         ({"dim": [3, 32_000, 32_000, 32_000, 1, 1, 1, 1]}, "claims 32768000000000 voxels"),
         ({"dim": [3, 900, 1000, 1000, 1, 1, 1, 1]}, "claims 900000000 voxels, a file of this size holds"),
-        ({"vox_offset": 1e30}, ""),
-        ({"dim": [3, -4, -5, 6, 1, 1, 1, 1]}, ""),
-        ({"srow_x": [1e300, 0, 0, 0]}, "not usable"),
+        ({"vox_offset": 1e30}, "claims"),
+        ({"dim": [3, -4, -5, 6, 1, 1, 1, 1]}, None),
+        ({"srow_x": [1e38, 0, 0, 0]}, "not usable"),
         ({"srow_x": [1e-30, 0, 0, 0]}, "not usable"),
         ({"srow_x": [np.nan, 0, 0, 0]}, "not usable"),
     ],
@@ -226,17 +227,15 @@ def test_a_header_that_claims_too_much_is_refused(suffix, fields, message, tmp_p
 
 def test_extensions_of_a_scan_are_not_unpacked(tmp_path):
     # An extension of length 0 made nibabel read all there is.
-    content = bytearray(changed_header(vox_offset=400_000_000))
+    content = bytearray(changed_header(vox_offset=60_000_000))
     content[348:352] = b"\1\0\0\0"
-    (tmp_path / "bomb.nii.gz").write_bytes(gzip.compress(bytes(content) + bytes(200_000_000), compresslevel=1))
-    import tracemalloc
-
+    (tmp_path / "bomb.nii.gz").write_bytes(gzip.compress(bytes(content) + bytes(60_000_000), compresslevel=1))
     tracemalloc.start()
     with pytest.raises(ScanError):
         load_volume(tmp_path / "bomb.nii.gz")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 50_000_000
+    assert peak < 20_000_000
 
 
 @pytest.mark.parametrize(
@@ -253,7 +252,7 @@ def test_extensions_of_a_scan_are_not_unpacked(tmp_path):
         ("MetaImage, header", b"file.raw", b"x" * 4_000, "cannot be read"),
         ("MetaImage", b"ElementDataFile = LOCAL", b"ElementDataFile = ../scan.raw", "another folder"),
         ("MetaImage", b"DimSize = 4 5 6", b"DimSize = 900 1000 1000", "claims 900000000 voxels, a file"),
-        ("MetaImage", b"ElementSpacing = 1 2 3", b"ElementSpacing = 0 2 3", ""),
+        ("MetaImage", b"ElementSpacing = 1 2 3", b"ElementSpacing = 0 2 3", None),
     ],
 )
 def test_a_header_reads_no_other_folder_and_claims_no_more_than_it_has(name, line, other, message):
@@ -287,7 +286,9 @@ def test_aliases_of_a_recipe_are_not_unfolded(tmp_path):
         load_recipe(str(tmp_path / "r.yaml"))
 
 
-@pytest.mark.parametrize("text", ["seed: 2026-99-99", "seed: " + "9" * 5_000, "[" * 5_000, "!!python/name:os.system", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["seed: 2026-99-99", "seed: " + "9" * 5_000, "[" * 600, "!!python/name:os.system", "\xff"]
+)
 def test_yaml_that_trips_its_reader_is_refused(text, tmp_path):
     (tmp_path / "r.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(SpecError):
