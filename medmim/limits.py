@@ -25,7 +25,7 @@ ARGUMENT_SIZE = 1_000_000  # of a number: no network is a million wide, deep or 
 
 MODULES = 5_000  # of a model; the largest here have some hundreds
 PARAMETERS = 5_000_000_000  # 20 GB in float32
-BUFFERS = 500_000_000  # numbers that no file stores, such as fixed positions
+BUFFERS = 300_000_000  # numbers that no file stores, such as fixed positions
 
 VOXELS = 1_000_000_000  # of a scan: 4 GB in float32; a body of 2 m at 1 mm has half of it
 DEFLATION = 1032  # zlib makes a file at most so many times smaller

@@ -66,7 +66,7 @@ def config_of(folder, **args):
         {"embed_dim": 10**9},
         {"embed_dim": 600_000, "num_heads": 1},
         {"img_size": [10**9] * 3},
-        {"img_size": [1024 * 800, 1024, 8]},
+        {"img_size": [800_000, 16_000, 8]},
         {"num_registers": 10**6, "embed_dim": 60_000},
         {"mlp_ratio": 1e300},
         {"drop_path_rate": float("nan")},
@@ -151,7 +151,7 @@ def test_links_of_the_cache_and_of_an_installer_are_followed(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
 def test_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(WeightsError, match="no config.json"):
+    with pytest.raises(WeightsError, match=r"no config\.json"):
         hub.read_model(hub.Folder(tmp_path))
 
 
@@ -165,7 +165,7 @@ def test_a_header_of_absurd_length_is_not_read(length, tmp_path):
 @pytest.mark.parametrize(
     "header",
     [
-        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+        {name: {"dtype": "F32", "shape": [2], "data_offsets": [start, start + 8]} for name, start in (("a", 0), ("b", 4))},
         {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 10**12]}},
         {"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 16]}},
         {"a": {"dtype": "PICKLE", "shape": [4], "data_offsets": [0, 16]}},
@@ -290,12 +290,10 @@ def test_aliases_of_a_recipe_are_not_unfolded(tmp_path):
     "text", ["seed: 2026-99-99", "seed: " + "9" * 5_000, "[" * 600, "!!python/name:os.system", "\xff"]
 )
 def test_yaml_that_trips_its_reader_is_refused(text, tmp_path):
-    (tmp_path / "r.yaml").write_bytes(text.encode("latin-1"))
-    with pytest.raises(SpecError):
-        load_recipe(str(tmp_path / "r.yaml"))
-    if text.isascii():
+    (tmp_path / "r.yaml").write_text(text)
+    for name, overrides in ((str(tmp_path / "r.yaml"), []), ("small/vit_t_mae3d", [f"seed={text[6:]}"])):
         with pytest.raises(SpecError):
-            load_recipe("small/vit_t_mae3d", [f"seed={text.removeprefix('seed: ')}"])
+            load_recipe(name, overrides)
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", "", ".", "a" * 200])

@@ -53,13 +53,13 @@ def fuzz(name: str, arguments: list[str]) -> None:
         atheris.Fuzz()
 
 
-def fuzz_all(seconds: int, output: Path) -> None:
-    """Runs every parser in turn and writes a line of figures on each."""
+def fuzz_all(names: list[str], seconds: int, output: Path) -> None:
+    """Runs parsers in turn, by default all, and writes a line of figures on each; lines of others stay."""
     sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "training")]
     from parsers import PARSERS
 
-    results = {}
-    for name in PARSERS:
+    results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    for name in names or PARSERS:
         with TemporaryDirectory() as folder:
             counts = Path(folder) / "counts.json"
             command = [sys.executable, __file__, name, f"-max_total_time={seconds}", f"-artifact_prefix={folder}/"]
@@ -68,16 +68,16 @@ def fuzz_all(seconds: int, output: Path) -> None:
             figures = json.loads(counts.read_text()) if counts.exists() else {"inputs": 0}
             results[name] = {**figures, "escaped": found}
             print(name, results[name], "" if done.returncode == 0 else done.stderr[-2000:], flush=True)
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("parser", nargs="?", help="a name of PARSERS")
+    options.add_argument("parsers", nargs="*", help="names of PARSERS")
     options.add_argument("--all", type=int, metavar="SECONDS", help="fuzz every parser for so long")
     options.add_argument("-o", "--output", type=Path, default=HERE / "results.json")
     given, rest = options.parse_known_args()
     if given.all:
-        fuzz_all(given.all, given.output)
+        fuzz_all(given.parsers, given.all, given.output)
     else:
-        fuzz(given.parser, rest)
+        fuzz(given.parsers[0], rest)
