@@ -165,7 +165,7 @@ def test_a_header_of_absurd_length_is_not_read(length, tmp_path):
 @pytest.mark.parametrize(
     "header",
     [
-        {name: {"dtype": "F32", "shape": [2], "data_offsets": [start, start + 8]} for name, start in (("a", 0), ("b", 4))},
+        {key: {"dtype": "F32", "shape": [2], "data_offsets": [at, at + 8]} for key, at in (("a", 0), ("b", 4))},
         {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 10**12]}},
         {"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 16]}},
         {"a": {"dtype": "PICKLE", "shape": [4], "data_offsets": [0, 16]}},
@@ -286,9 +286,7 @@ def test_aliases_of_a_recipe_are_not_unfolded(tmp_path):
         load_recipe(str(tmp_path / "r.yaml"))
 
 
-@pytest.mark.parametrize(
-    "text", ["seed: 2026-99-99", "seed: " + "9" * 5_000, "[" * 600, "!!python/name:os.system", "\xff"]
-)
+@pytest.mark.parametrize("text", ["seed: 2026-99-99", "seed: " + "9" * 5_000, "[" * 600, "!!python/name:os.system"])
 def test_yaml_that_trips_its_reader_is_refused(text, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     for name, overrides in ((str(tmp_path / "r.yaml"), []), ("small/vit_t_mae3d", [f"seed={text[6:]}"])):
