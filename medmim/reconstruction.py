@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 
@@ -63,9 +62,8 @@ def reconstruct(
     where windows overlap, the mean of their predictions is taken. A volume of exactly one window is treated as a crop
     is in pretraining.
 
-    What lies outside of the volume is unknown rather than air. So a patch inside which the volume ends is filled up
-    with the volume's border, and where the volume is smaller than a window it lies in the middle, and the patches
-    around it are neither shown to the encoder, which takes any subset, nor asked of the decoder.
+    Where the volume is smaller than a window it lies in the middle. What is outside of it has the minimum of its
+    visible voxels, as crops in pretraining have the minimum of theirs, and is shown: that nothing is there is known.
 
     Args:
         model: A token encoder with `forward_visible`, in evaluation mode.
@@ -90,12 +88,13 @@ def reconstruct(
     grid_size = covering_grid(size, patch_size, model.grid_size)  # at least a window
     own = tuple(slice((g - o) // 2, (g - o) // 2 + o) for g, o in zip(grid_size, own_grid, strict=True))
     _, idx_hidden = random_hiding(1, math.prod(own_grid), ratio, generator=generator)
-    hidden_tokens, shown_tokens = torch.zeros(2, *grid_size, dtype=torch.bool)
-    hidden_of_volume = torch.zeros(math.prod(own_grid), dtype=torch.bool).index_fill(0, idx_hidden[0], True)
-    hidden_tokens[own] = hidden_of_volume.view(own_grid)
-    shown_tokens[own] = ~hidden_of_volume.view(own_grid)
+    hidden_tokens = torch.zeros(grid_size, dtype=torch.bool)
+    hidden_tokens[own] = torch.zeros(math.prod(own_grid)).index_fill(0, idx_hidden[0], 1).view(own_grid).bool()
+    hidden = hidden_voxels(hidden_tokens.flatten().nonzero().T, patch_size, grid_size)[0, 0]
 
-    canvas = _on_canvas(volume, own, patch_size, grid_size)
+    inside = _voxels_of(own, size, patch_size)
+    canvas = volume[:, ~hidden[inside]].amin(dim=1)[:, None, None, None].repeat(1, *hidden.shape)
+    canvas[:, *inside] = volume
     prediction = canvas.clone()
     patches = patch_view(prediction[None], patch_size)[0]  # (Dg, Hg, Wg, C, p, q, r), a view
     patches[hidden_tokens] = 0
@@ -103,18 +102,16 @@ def reconstruct(
     parameter = next(model.parameters())
     windows = list(cover(grid_size, model.grid_size, overlap=overlap))
     for done, tokens in enumerate(windows, start=1):
-        hidden = hidden_tokens[tokens]  # (Dg, Hg, Wg) of the window
-        idx_keep = shown_tokens[tokens].flatten().nonzero().T.to(parameter.device)  # (1, K)
-        idx_hidden = hidden.flatten().nonzero().T.to(parameter.device)  # (1, M)
+        here = hidden_tokens[tokens]  # (Dg, Hg, Wg) of the window
+        idx_keep = (~here).flatten().nonzero().T.to(parameter.device)  # (1, K)
+        idx_hidden = here.flatten().nonzero().T.to(parameter.device)  # (1, M)
         window = canvas[:, *to_voxels(tokens, patch_size)][None].to(parameter)  # (1, C, *img_size)
         predicted = decoder(model.forward_visible(window, idx_keep), idx_keep, idx_hidden)[0]  # (M, V)
-        patches[tokens][hidden] += predicted.float().cpu().unflatten(1, patches.shape[3:])
-        times[tokens] += hidden
+        patches[tokens][here] += predicted.float().cpu().unflatten(1, patches.shape[3:])
+        times[tokens] += here
         if progress:
             progress(done, len(windows))
     patches /= times.clamp(min=1)[..., None, None, None, None]
-    hidden = hidden_voxels(hidden_tokens.flatten().nonzero().T, patch_size, grid_size)[0, 0]
-    inside = _voxels_of(own, size, patch_size)
     return Reconstruction(volume, hidden[inside], prediction[:, *inside])
 
 
@@ -124,24 +121,6 @@ def _voxels_of(own: Window, size: Size, patch_size: Size) -> tuple[slice, ...]:
         slice(tokens.start * patch, tokens.start * patch + side)
         for tokens, side, patch in zip(own, size, patch_size, strict=True)
     )
-
-
-def _on_canvas(volume: Tensor, own: Window, patch_size: Size, grid_size: Size) -> Tensor:
-    """The volume (C, D, H, W) in whole patches, its border repeated, on a grid of at least a window.
-
-    The border of a patch's own voxels is what is repeated into it, so nothing of a hidden patch gets into another.
-    """
-    size = volume.shape[1:]
-    missing = [
-        (tokens.stop - tokens.start) * patch - side for tokens, patch, side in zip(own, patch_size, size, strict=True)
-    ]
-    whole = F.pad(volume, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate") if any(missing) else volume
-    sides = [grid * patch for grid, patch in zip(grid_size, patch_size, strict=True)]
-    if list(whole.shape[1:]) == sides:
-        return whole
-    canvas = volume.new_zeros(len(volume), *sides)
-    canvas[:, *to_voxels(own, patch_size)] = whole
-    return canvas
 
 
 def reconstruct_scan(
@@ -238,25 +217,23 @@ def compare(reconstruction: Reconstruction) -> dict[str, float]:
     }
 
 
-def normalised_mse(prediction: Tensor, original: Tensor, hidden: Tensor, inside: Tensor | None = None) -> float:
+def normalised_mse(prediction: Tensor, original: Tensor, hidden: Tensor) -> float:
     """Mean squared error over hidden voxels, divided by their variance: 0 is perfect, 1 is a constant at its best.
 
     Args:
         prediction: (C, D, H, W).
         original: (C, D, H, W).
         hidden: (D, H, W) boolean.
-        inside: (D, H, W) boolean, False for voxels that are padding and do not count; None when there are none.
 
     Returns:
         The ratio over all channels; NaN when the hidden voxels are all equal or there are none.
     """
     count, total, squares, errors = 0, 0.0, 0.0, 0.0
-    counted = hidden if inside is None else hidden & inside
     shift = float(original.mean())  # keeps the difference of two sums below accurate
     for start in range(0, hidden.shape[0], SLAB):
         slab = slice(start, start + SLAB)
-        truth = original[:, slab][:, counted[slab]].double() - shift
-        guess = prediction[:, slab][:, counted[slab]].double() - shift
+        truth = original[:, slab][:, hidden[slab]].double() - shift
+        guess = prediction[:, slab][:, hidden[slab]].double() - shift
         count += truth.numel()
         total += float(truth.sum())
         squares += float(truth.square().sum())
