@@ -19,7 +19,7 @@ from huggingface_hub import constants, scan_cache_dir
 import medmim
 from fakes import tiny_model
 from hubdouble import HubDouble
-from medmim import hub
+from medmim import files, hub, remote
 from medmim.errors import SpecError, WeightsError
 from medmim.spec import FileSpec
 
@@ -169,8 +169,8 @@ def test_a_byte_that_stays_flipped_is_an_error(double, access, tiny_folder):
 
 def test_a_blob_is_hashed_once(access, double, monkeypatch):
     hashed = []
-    sha256 = hub.sha256_of
-    monkeypatch.setattr(hub, "sha256_of", lambda path: hashed.append(path.name) or sha256(path))
+    sha256 = files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: hashed.append(path.name) or sha256(path))
     medmim.from_pretrained(REPO, **access)
     medmim.from_pretrained(REPO, **access)
     assert hashed == ["model.safetensors"]
@@ -215,7 +215,7 @@ def test_a_read_only_cache_is_hashed_each_time(access, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(hub, "atomic_write", refuse)
+    monkeypatch.setattr(remote, "atomic_write", refuse)
     medmim.from_pretrained(REPO, **access)
     assert not list(access["cache_dir"].glob("models--*/.medmim-verified/*"))
     damage(blob(access["cache_dir"], "model.safetensors"))
