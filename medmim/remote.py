@@ -1,33 +1,25 @@
 """A repository of the Hugging Face Hub as a place for the files of a model.
 
-huggingface_hub checks the length of a download but not its bytes, so every file with a known sha256 is hashed here,
-once.
+huggingface_hub checks the length of a download but not its bytes. Here they are: by the sha256 of a record of weights
+where there is one, else by the ETag, which for the Hub is a digest too. A damaged file is fetched once more.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import hashlib
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from medmim import __version__
+from medmim import transport
 from medmim.errors import WeightsError
 from medmim.files import atomic_write, fault_of
 from medmim.spec import FileSpec
+from medmim.transport import COMMIT, HubAccess
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class HubAccess:
-    """How to reach the Hub; None leaves it to huggingface_hub (`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`)."""
-
-    token: str | None = field(default=None, repr=False)
-    cache_dir: str | Path | None = None
-    endpoint: str | None = None
-    local_files_only: bool = False
+__all__ = ["COMMIT", "HubAccess", "Repository"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class Repository:
 
     repo: str
     revision: str = "main"
-    access: HubAccess = HubAccess()
+    access: HubAccess = field(default_factory=HubAccess)
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision}"
@@ -55,29 +47,15 @@ class Repository:
         """The path of a file in the cache, downloaded when it was not there; None when the repository has none.
 
         Raises:
-            WeightsError: When it cannot be fetched, with the reason and the cure.
+            WeightsError: When it cannot be fetched, with the reason and the cure, or came damaged twice.
         """
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        try:
-            path = hf_hub_download(
-                self.repo,
-                name,
-                revision=self.revision,
-                library_name="medmim",
-                library_version=__version__,
-                token=self.access.token,
-                cache_dir=self.access.cache_dir,
-                endpoint=self.access.endpoint,
-                local_files_only=self.access.local_files_only,
-            )
-        # Whatever the client raises (its own errors, those of its HTTP library, OSError) means: it did not come.
-        except Exception as error:
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-                return None
-            raise WeightsError(self._explain(name, error)) from error
-        return Path(path)
+        path = self._download(name)
+        etag = None if path is None else _etag_of(path)
+        if etag is None:
+            return path
+        if len(etag) == 64:
+            return self._check(path, name, etag, None)
+        return self._replace_damaged(path, name, lambda path: _git_fault_of(path, etag))
 
     def fetch(self, file: FileSpec) -> Path:
         """The path of a file whose bytes have been checked; a damaged one is deleted and fetched once more.
@@ -85,48 +63,75 @@ class Repository:
         Raises:
             WeightsError: When it cannot be fetched, or is another file than `file` describes both times.
         """
-        path = self._require(file.name)
-        if self._is_remembered(path, file):
-            return path
-        fault = fault_of(path, sha256=file.sha256, size=file.size)
-        if fault and self._is_offline():
-            raise WeightsError(f"{path}: damaged in the cache ({fault}); load it once with the network on")
-        if fault:
-            self._discard(path)
-            path = self._require(file.name)
-            fault = fault_of(path, sha256=file.sha256, size=file.size)
-        if fault:
-            raise WeightsError(
-                f"{file.name} of {self} from {self._endpoint()} is not the file that was published ({fault}, fetched "
-                "twice); the repository has changed or a proxy alters downloads"
-            )
-        self._remember(path, file)
-        return path
+        return self._check(self._require(file.name), file.name, file.sha256, file.size)
+
+    def _download(self, name: str) -> Path | None:
+        return transport.download(self.repo, self.revision, name, self.access)
 
     def _require(self, name: str) -> Path:
-        path = self.find(name)
+        path = self._download(name)
         if path is None:
-            raise WeightsError(f"{self} has no file {name} at {self._endpoint()}; check the repository and revision")
+            address = self.access.address
+            raise WeightsError(f"{self} has no file {name} at {address}; check the repository and revision")
         return path
 
-    # A digest is remembered in a file of ours beside the repository's blobs, so that it goes when they go. It holds
-    # for the size and time that the blob had when it was hashed.
+    def _check(self, path: Path, name: str, sha256: str, size: int | None) -> Path:
+        if self._is_remembered(path, name, sha256):
+            return path
+        path = self._replace_damaged(path, name, lambda path: fault_of(path, sha256=sha256, size=size))
+        self._remember(path, name, sha256)
+        return path
 
-    def _stamp(self, path: Path, file: FileSpec) -> Path:
+    def _replace_damaged(self, path: Path, name: str, find_fault: Callable[[Path], str | None]) -> Path:
+        fault = _fault_now(find_fault, path)
+        if fault is None:
+            return path
+        if self.access.is_offline:
+            raise WeightsError(f"{path}: damaged in the cache ({fault}); load it once with the network on")
+        with self._alone(path, name):
+            path = self._require(name)
+            if _fault_now(find_fault, path) is not None:  # unless another process has replaced it meanwhile
+                self._discard(path)
+                path = self._require(name)
+            fault = _fault_now(find_fault, path)
+        if fault is not None:
+            raise WeightsError(
+                f"{name} of {self} from {self.access.address} is not the file that was published ({fault}, fetched "
+                "twice); the repository has changed or a proxy alters downloads"
+            )
+        return path
+
+    # What is known of the files is kept in a folder of ours beside the repository's blobs, so that it goes when they
+    # go: a file named by each digest that was found right, which holds for the size and time that the blob had then.
+
+    def _notes(self, path: Path, name: str) -> Path:
         # path is REPOSITORY/snapshots/COMMIT/NAME, and NAME may have folders.
-        repository = path.parents[len(PurePosixPath(file.name).parts) + 1]
-        return repository / ".medmim-verified" / file.sha256
+        return path.parents[len(PurePosixPath(name).parts) + 1] / ".medmim-verified"
 
-    def _is_remembered(self, path: Path, file: FileSpec) -> bool:
+    def _is_remembered(self, path: Path, name: str, sha256: str) -> bool:
         try:
-            return self._stamp(path, file).read_text() == _state_of(path)
+            return (self._notes(path, name) / sha256).read_text() == _state_of(path)
         except OSError:
             return False
 
-    def _remember(self, path: Path, file: FileSpec) -> None:
+    def _remember(self, path: Path, name: str, sha256: str) -> None:
         # A read-only cache is hashed at each load instead.
-        with contextlib.suppress(OSError), atomic_write(self._stamp(path, file)) as temporary:
+        with contextlib.suppress(OSError), atomic_write(self._notes(path, name) / sha256) as temporary:
             temporary.write_text(_state_of(path))
+
+    @contextlib.contextmanager
+    def _alone(self, path: Path, name: str) -> Iterator[None]:
+        """Keeps other processes from replacing a file of the repository at the same time."""
+        from huggingface_hub.utils import WeakFileLock
+
+        notes = self._notes(path, name)
+        with contextlib.ExitStack() as stack:
+            try:
+                notes.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(WeakFileLock(notes / ".lock"))
+            except OSError as error:
+                raise _undeletable(path, error) from None
+            yield
 
     @staticmethod
     def _discard(path: Path) -> None:
@@ -138,44 +143,34 @@ class Repository:
                 path = target
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise WeightsError(
-                f"{path}: damaged, and cannot be deleted ({error.strerror}); use another cache_dir"
-            ) from None
+            raise _undeletable(path, error) from None
 
-    def _endpoint(self) -> str:
-        from huggingface_hub import constants
 
-        return self.access.endpoint or constants.ENDPOINT
+def _fault_now(find_fault: Callable[[Path], str | None], path: Path) -> str | None:
+    try:
+        return find_fault(path)
+    except FileNotFoundError:  # another process found it damaged a moment ago
+        return "it was deleted"
 
-    def _is_offline(self) -> bool:
-        from huggingface_hub import constants
 
-        return self.access.local_files_only or constants.HF_HUB_OFFLINE
+def _undeletable(path: Path, error: OSError) -> WeightsError:
+    return WeightsError(f"{path}: damaged, and cannot be deleted ({error.strerror}); use another cache_dir")
 
-    def _explain(self, name: str, error: Exception) -> str:
-        """One sentence: what did not come, why, and what to do."""
-        from huggingface_hub import errors
 
-        what = f"{name} of {self} could not be fetched from {self._endpoint()}"
-        # A HEAD request that failed is the cause of "not in the cache".
-        cause = error.__cause__ if isinstance(error.__cause__, errors.HfHubHTTPError) else error
-        status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else None
-        if re.search(r"xet-\w+-token", str(error)):
-            return f"{what}: the server does not speak Xet; set HF_HUB_DISABLE_XET=1"
-        if isinstance(cause, errors.GatedRepoError):
-            return f"{what}: it is gated; ask for access on its page, then set HF_TOKEN or pass token="
-        if isinstance(cause, errors.RevisionNotFoundError):
-            return f"{what}: there is no such revision; leave it out for the newest"
-        if status in (401, 403, 404):
-            return f"{what}: no such repository, or a private one; check the name, set HF_TOKEN or pass token="
-        if self._is_offline():
-            return f"{what}: it is not in the cache and the network is off; fetch it once online, or set MEDMIM_HUB"
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return f"{what}: the disk is full; free space, or set HF_HOME or pass cache_dir="
-        if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
-            return f"{what}: the cache cannot be written ({error.filename}); set HF_HOME or pass cache_dir="
-        reason = f"HTTP {status}" if status else " ".join(f"{type(cause).__name__} {cause}".split())[:200]
-        return f"{what} ({reason}); try again, or set HF_ENDPOINT to a mirror or MEDMIM_HUB to a local folder"
+def _etag_of(path: Path) -> str | None:
+    """The digest that the server gave a file of the cache, which its blob is named by; None when it gave none."""
+    try:
+        name = path.readlink().name
+    except OSError:  # a copy, where there are no links
+        return None
+    return name if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", name) else None
+
+
+def _git_fault_of(path: Path, etag: str) -> str | None:
+    """How a small file differs from its ETag: on the Hub the name of the git object, of some proxies the sha1."""
+    content = path.read_bytes()
+    found = [hashlib.sha1(head + content).hexdigest() for head in (f"blob {len(content)}\0".encode(), b"")]
+    return None if etag in found else f"its digest in git is {found[0]}, expected {etag}"
 
 
 def _state_of(path: Path) -> str:
