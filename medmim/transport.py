@@ -48,6 +48,10 @@ class HubAccess:
         return self.local_files_only or constants.HF_HUB_OFFLINE
 
 
+class NoAnswer(Exception):
+    """The server did not answer in time, or was not able to; the last reason is the cause."""
+
+
 def download(repo: str, revision: str, name: str, access: HubAccess) -> Path | None:
     """The path of a file in the cache, downloaded when it was not there; None when the repository has none.
 
@@ -81,9 +85,9 @@ def _in_attempts(repo: str, revision: str, name: str, access: HubAccess, *, is_c
         "library_version": __version__,
     }
     for attempt in range(ATTEMPTS):
+        if not is_cached and not access.is_offline:
+            _await_answer(hf_hub_url(repo, name, revision=revision, endpoint=access.endpoint), request)
         try:
-            if not is_cached and not access.is_offline:
-                _await_answer(hf_hub_url(repo, name, revision=revision, endpoint=access.endpoint), request)
             path = hf_hub_download(
                 repo,
                 name,
@@ -95,7 +99,7 @@ def _in_attempts(repo: str, revision: str, name: str, access: HubAccess, *, is_c
             )
             return Path(path)
         except Exception as error:
-            pause = _pause_after(error, access.address, 2.0**attempt)
+            pause = None if _was_tried_again(error) else _pause_after(error, access.address, 2.0**attempt)
             if attempt + 1 == ATTEMPTS or pause is None or pause > _patience():
                 raise
             time.sleep(pause)
@@ -103,12 +107,14 @@ def _in_attempts(repo: str, revision: str, name: str, access: HubAccess, *, is_c
 
 
 def _await_answer(url: str, request: dict[str, Any]) -> None:
-    """Asks for a file until the server says that it is there.
+    """Asks for a file until the server says that it is there, or is not.
 
     Raises:
-        Exception: Of the client, when it says something else, or nothing in time.
+        NoAnswer: When it says nothing, or that it cannot, until patience ends.
+        Exception: Of the client, when it says something else.
     """
     from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub.errors import EntryNotFoundError
 
     end = time.monotonic() + _patience()
     pause = 0.5
@@ -116,10 +122,14 @@ def _await_answer(url: str, request: dict[str, Any]) -> None:
         try:
             get_hf_file_metadata(url, timeout=end - time.monotonic(), **request)
             return
+        except EntryNotFoundError:
+            return  # the client asks too, and makes a note of it in the cache
         except Exception as error:
             wait = _pause_after(error, url, pause)
-            if wait is None or time.monotonic() + wait >= end:
+            if wait is None:
                 raise
+            if time.monotonic() + wait >= end:
+                raise NoAnswer from error
             time.sleep(wait)
             pause *= 2
 
@@ -139,13 +149,21 @@ def _pause_after(error: Exception, address: str, pause: float) -> float | None:
         if error.response.status_code in PASSING:
             return max(pause, _asked_pause(error))
         # The CDN refuses a signed address that has run out; the next attempt gets a new one.
-        is_elsewhere = not str(error.response.url).startswith(_origin(address))
-        return pause if is_elsewhere and error.response.status_code == 403 else None
+        is_expired = error.response.status_code == 403 and not _is_of(error.response, address)
+        return pause if is_expired else None
     # hf_xet raises RuntimeError after attempts of its own; an OSError with a number is of this machine.
     final = (ValueError, RuntimeError, LocalEntryNotFoundError, OfflineModeIsEnabled)
     if isinstance(error, final) or (isinstance(error, OSError) and error.errno is not None):
         return None
     return pause
+
+
+def _was_tried_again(error: Exception) -> bool:
+    """Whether the client has resumed such a transfer by itself, five times."""
+    # Its HTTP library has changed twice, the names of its errors have not.
+    return not {"ConnectError", "TimeoutException", "RemoteProtocolError"}.isdisjoint(
+        ancestor.__name__ for ancestor in type(error).__mro__
+    )
 
 
 def _asked_pause(error: Exception) -> int:
@@ -161,8 +179,10 @@ def _errno_of(error: Exception) -> int | None:
     return error.errno if isinstance(error, OSError) else None
 
 
-def _origin(url: str) -> str:
-    return "/".join(url.split("/", 3)[:3])
+def _is_of(response: Any, address: str) -> bool:
+    """Whether an answer is of the Hub, not of the CDN it led to."""
+    origin = "/".join(address.split("/", 3)[:3])
+    return str(response.url).startswith(origin)
 
 
 def explain(what: str, error: Exception, access: HubAccess) -> str:
@@ -171,7 +191,8 @@ def explain(what: str, error: Exception, access: HubAccess) -> str:
 
     what = f"{what} could not be fetched from {access.address}"
     # "Not in the cache" is what the client says when its question about the file failed: that is the cause.
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    is_wrapped = isinstance(error, errors.LocalEntryNotFoundError | NoAnswer) and error.__cause__ is not None
+    cause = error.__cause__ if is_wrapped else error
     response = cause.response if isinstance(cause, errors.HfHubHTTPError) else None
     status = response.status_code if response is not None else None
     said = response.headers.get("X-Error-Message", "") if response is not None else ""
@@ -185,7 +206,7 @@ def explain(what: str, error: Exception, access: HubAccess) -> str:
         return f"{what}: the Hub has disabled the repository; set MEDMIM_HUB to a namespace or folder with a copy"
     if status == 401 and said.startswith("Invalid credentials"):
         return f"{what}: the token was refused, it may have expired; set HF_TOKEN to a new one, or to none"
-    if status in (401, 403, 404):
+    if status in (401, 403, 404) and _is_of(response, access.address):
         return f"{what}: no such repository, or a private one; check the name, set HF_TOKEN or pass token="
     if status == 429:
         wait = _asked_pause(cause)
@@ -205,8 +226,9 @@ def explain(what: str, error: Exception, access: HubAccess) -> str:
     if _errno_of(error) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         place = getattr(error, "filename", None) or access.cache_dir or "HF_HOME"
         return f"{what}: the cache cannot be written ({place}); set HF_HOME or pass cache_dir="
-    reason = f"HTTP {status}" if status else " ".join(f"{type(cause).__name__} {cause}".split())[:200]
-    return (
-        f"{what} ({reason}); try again, set HF_HUB_ETAG_TIMEOUT to wait longer than {_patience():.0f} seconds, or set "
-        "HF_ENDPOINT to a mirror or MEDMIM_HUB to a local folder"
-    )
+    reason = f"HTTP {status}" if status else f"{type(cause).__name__} {str(cause).partition(chr(10))[0]}"[:200]
+    elsewhere = "set HF_ENDPOINT to a mirror or MEDMIM_HUB to a local folder"
+    if isinstance(error, NoAnswer):
+        waited = f"{_patience():.0f} seconds"
+        return f"{what} in {waited} ({reason}); try again, wait longer by HF_HUB_ETAG_TIMEOUT=60, or {elsewhere}"
+    return f"{what} ({reason}); try again, or {elsewhere}"

@@ -284,7 +284,7 @@ def test_refusals_say_what_to_do(failure, message, access, double):
         (OSError(30, "Read-only file system", "/cache"), r"the cache cannot be written \(/cache\)"),
         (RuntimeError("404 for https://h/api/models/a/b/xet-read-token/x"), "set HF_HUB_DISABLE_XET=1"),
         (RuntimeError("Task error: IO Error: File too large (os error 27)"), "the disk is full"),
-        (TimeoutError("timed out"), r"\(TimeoutError timed out\); try again, set HF_HUB_ETAG_TIMEOUT to wait longer"),
+        (TimeoutError("timed out"), r"\(TimeoutError timed out\); try again, or set HF_ENDPOINT to a mirror"),
     ],
 )
 def test_faults_of_the_machine_say_what_to_do(error, message, monkeypatch, access):

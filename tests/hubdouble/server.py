@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -74,6 +76,7 @@ class Fault:
         flip: The last byte of the body has one bit flipped.
         keep: Only this share of the body is there, and Content-Length says so.
         cut: The connection breaks after this share of the body; 0 for before the status line.
+        reset: As cut, but the client sees a reset connection, not a closed one.
         wait: Seconds before the answer.
         crawl: Seconds between one kilobyte of the body and the next.
         act: Called before the answer is made up.
@@ -88,6 +91,7 @@ class Fault:
     flip: bool = False
     keep: float | None = None
     cut: float | None = None
+    reset: float | None = None
     wait: float = 0
     crawl: float = 0
     act: Callable[[], None] | None = None
@@ -260,8 +264,9 @@ def _listen(double: HubDouble, name: str) -> ThreadingHTTPServer:
             if self.command == "HEAD":
                 return None
             body = answer.body
-            if fault is not None and fault.cut is not None:
-                body = body[: int(len(body) * fault.cut)]
+            share = None if fault is None else fault.cut if fault.reset is None else fault.reset
+            if share is not None:
+                body = body[: int(len(body) * share)]
             if fault is not None and fault.crawl:
                 for start in range(0, len(body), 1000):
                     self.wfile.write(body[start : start + 1000])
@@ -271,10 +276,17 @@ def _listen(double: HubDouble, name: str) -> ThreadingHTTPServer:
             else:
                 self.wfile.write(body)
             self.wfile.flush()
-            return self.hang_up() if len(body) < len(answer.body) else None
+            if len(body) < len(answer.body):
+                self.hang_up(is_reset=fault.reset is not None)
+            return None
 
-        def hang_up(self) -> None:
-            self.connection.shutdown(socket.SHUT_RDWR)
+        def hang_up(self, *, is_reset: bool = False) -> None:
+            if is_reset:
+                # Closed with no time to linger, a socket drops what was not sent and says so.
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                os.close(self.connection.detach())
+            else:
+                self.connection.shutdown(socket.SHUT_RDWR)
 
         def log_message(self, *args: object) -> None:
             pass
