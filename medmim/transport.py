@@ -205,7 +205,7 @@ def explain(what: str, error: Exception, access: HubAccess) -> str:
     if isinstance(cause, errors.DisabledRepoError):
         return f"{what}: the Hub has disabled the repository; set MEDMIM_HUB to a namespace or folder with a copy"
     if status == 401 and said.startswith("Invalid credentials"):
-        return f"{what}: the token was refused, it may have expired; set HF_TOKEN to a new one, or to none"
+        return f"{what}: the token was refused, it may have expired; set HF_TOKEN to a new one, or unset it"
     if status in (401, 403, 404) and _is_of(response, access.address):
         return f"{what}: no such repository, or a private one; check the name, set HF_TOKEN or pass token="
     if status == 429:
@@ -226,6 +226,8 @@ def explain(what: str, error: Exception, access: HubAccess) -> str:
     if _errno_of(error) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         place = getattr(error, "filename", None) or access.cache_dir or "HF_HOME"
         return f"{what}: the cache cannot be written ({place}); set HF_HOME or pass cache_dir="
+    if isinstance(error, RuntimeError) and "CAS" in str(error):  # of hf_xet
+        return f"{what}: the Xet storage failed ({str(error).partition(chr(10))[0][:200]}); set HF_HUB_DISABLE_XET=1"
     reason = f"HTTP {status}" if status else f"{type(cause).__name__} {str(cause).partition(chr(10))[0]}"[:200]
     elsewhere = "set HF_ENDPOINT to a mirror or MEDMIM_HUB to a local folder"
     if isinstance(error, NoAnswer):

@@ -313,6 +313,7 @@ CASES = [
     Case("a byte flipped, always", fault("GET", XORB, times=inf, flip=True), "xet"),
     Case("HTTP 503 once, in place of the bytes", fault("GET", XORB, status=503), "xet"),
     Case("the connection breaks halfway, once", fault("GET", XORB, cut=0.5), "xet"),
+    Case("the Xet storage lacks the file", fault("GET", "^/v1/reconstructions/", times=inf, status=404), "xet"),
     Case("a proxy that passes Xet on without its tokens", fault("GET", "xet-read-token", times=inf, status=404), "xet"),
     # This machine.
     Case("the cached file has a flipped byte", on_disk(flip), is_cached=True),
@@ -378,7 +379,7 @@ def measure(stage: Stage, fetch: Callable[[], Path]) -> Outcome:
 
 def _waited(stage: Stage, before: float) -> str:
     seconds = round(stage.clock.slept - before)
-    return f", after {seconds} s" if seconds else ""
+    return f" ({seconds} s)" if seconds else ""
 
 
 def _cell(stage: Stage, error: Exception) -> str:
@@ -400,12 +401,13 @@ def page(rows: list[tuple[str, str, str]]) -> str:
 `python tests/reliability.py` writes this page. It lets each fault happen to the client alone ({CLIENT}) and
 to medmim, on a stand-in for the Hub on this machine, and looks at what comes back; `tests/test_reliability.py` does so
 again and holds the page to it. The file is one of weights with a known sha256, of a pinned commit and not in the cache,
-unless the row says otherwise. Seconds are those slept between attempts and waited for answers. A limit on the size of
-files stands for the full disk. "Not fetched" is short for "FILE of REPOSITORY@REVISION could not be fetched from HUB".
+unless the row says otherwise. Seconds in brackets are those slept between attempts and waited for answers. A limit on
+the size of files stands for the full disk. "Not fetched" is short for "FILE of REPOSITORY@REVISION could not be fetched
+from HUB".
 
 In none of the {len(rows)} rows does medmim return a wrong file. After each, with the fault gone, the next fetch from
 the same cache gives the right one. Not in the table: when the Xet storage alone is down, hf_xet tries for about three
-minutes, and medmim leaves it to that.
+minutes, and medmim leaves it to that; HF_XET_CLIENT_RETRY_MAX_ATTEMPTS=1 makes it two seconds.
 
 | fault | the client alone | medmim |
 |---|---|---|
