@@ -63,10 +63,10 @@ def download(repo: str, revision: str, name: str, access: HubAccess) -> Path | N
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    cached = try_to_load_from_cache(repo, name, access.cache_dir, revision)
-    if cached is _CACHED_NO_EXIST and COMMIT.fullmatch(revision):
-        return None
     try:
+        cached = try_to_load_from_cache(repo, name, access.cache_dir, revision)
+        if cached is _CACHED_NO_EXIST and (access.is_offline or COMMIT.fullmatch(revision)):
+            return None
         return _in_attempts(repo, revision, name, access, is_cached=isinstance(cached, str))
     # Whatever the client raises (its own errors, those of its HTTP library, OSError) means: it did not come.
     except Exception as error:
@@ -227,7 +227,7 @@ def explain(what: str, error: Exception, access: HubAccess) -> str:
         place = getattr(error, "filename", None) or access.cache_dir or "HF_HOME"
         return f"{what}: the cache cannot be written ({place}); set HF_HOME or pass cache_dir="
     if isinstance(error, RuntimeError) and "CAS" in str(error):  # of hf_xet
-        return f"{what}: the Xet storage failed ({str(error).partition(chr(10))[0][:200]}); set HF_HUB_DISABLE_XET=1"
+        return f"{what}: the Xet storage failed ({str(error).partition(', domain:')[0]}); set HF_HUB_DISABLE_XET=1"
     reason = f"HTTP {status}" if status else f"{type(cause).__name__} {str(cause).partition(chr(10))[0]}"[:200]
     elsewhere = "set HF_ENDPOINT to a mirror or MEDMIM_HUB to a local folder"
     if isinstance(error, NoAnswer):

@@ -71,21 +71,17 @@ def same_weights(model) -> bool:
 
 
 @pytest.fixture
-def double(tiny_folder):
+def mirrored(tiny_folder, tmp_path):
+    """A double with a repository, and the endpoint of olah in front of it."""
     with HubDouble() as double:
         double.add_folder(REPO, tiny_folder[0])
-        yield double
+        hub, cdn = urlsplit(double.endpoint).netloc, urlsplit(double.cdn).netloc
+        with olah(tmp_path / "olah", **{"hf-scheme": "http", "hf-netloc": hub, "hf-lfs-netloc": cdn}) as endpoint:
+            yield double, endpoint
 
 
-@pytest.fixture
-def mirror(double, tmp_path):
-    """Olah in front of the double: its endpoint."""
-    hub, cdn = urlsplit(double.endpoint).netloc, urlsplit(double.cdn).netloc
-    with olah(tmp_path / "olah", **{"hf-scheme": "http", "hf-netloc": hub, "hf-lfs-netloc": cdn}) as endpoint:
-        yield endpoint
-
-
-def test_a_mirror_gives_what_the_hub_has(double, mirror, tmp_path):
+def test_a_mirror_gives_what_the_hub_has(mirrored, tmp_path):
+    double, mirror = mirrored
     commit = double.repos[REPO].branches["main"]
     for number, revision in enumerate((None, "main", commit)):
         model = medmim.from_pretrained(REPO, revision=revision, endpoint=mirror, cache_dir=tmp_path / f"cache{number}")
@@ -95,13 +91,15 @@ def test_a_mirror_gives_what_the_hub_has(double, mirror, tmp_path):
     assert len(double.asked("^/objects/.*model.safetensors")) == 1
 
 
-def test_a_byte_flipped_before_the_mirror(double, mirror, tmp_path):
+def test_a_byte_flipped_before_the_mirror(mirrored, tmp_path):
+    double, mirror = mirrored
     double.fault("GET", "^/objects/", times=9, flip=True)
     with pytest.raises(WeightsError, match=r"is not the file that was published .* a proxy alters downloads"):
         medmim.from_pretrained(REPO, endpoint=mirror, cache_dir=tmp_path / "cache")
 
 
-def test_a_mirror_passes_refusals_on(double, mirror, tmp_path):
+def test_a_mirror_passes_refusals_on(mirrored, tmp_path):
+    double, mirror = mirrored
     access = {"endpoint": mirror, "cache_dir": tmp_path / "cache"}
     double.repos[REPO].private = True
     with pytest.raises(WeightsError, match="no such repository, or a private one"):

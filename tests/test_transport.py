@@ -107,6 +107,10 @@ def test_a_file_that_a_commit_lacks_is_asked_for_once(place, double):
     assert double.asked()
     assert place.find("model.safetensors.index.json") is None
     assert double.asked() == []
+    # Without a network it need not be asked for, of a branch neither.
+    branch = replace(place, revision="main")
+    assert branch.find("model.safetensors.index.json") is None
+    assert offline(branch).find("model.safetensors.index.json") is None
 
 
 def test_patience_is_what_the_client_was_told(place, double, record, monkeypatch):
