@@ -168,9 +168,14 @@ def _etag_of(path: Path) -> str | None:
 
 def _git_fault_of(path: Path, etag: str) -> str | None:
     """How a small file differs from its ETag: on the Hub the name of the git object, of some proxies the sha1."""
-    content = path.read_bytes()
-    found = [hashlib.sha1(head + content).hexdigest() for head in (f"blob {len(content)}\0".encode(), b"")]
-    return None if etag in found else f"its digest in git is {found[0]}, expected {etag}"
+    git, plain = hashlib.sha1(f"blob {path.stat().st_size}\0".encode()), hashlib.sha1()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            git.update(piece)
+            plain.update(piece)
+    if etag in (git.hexdigest(), plain.hexdigest()):
+        return None
+    return f"its digest in git is {git.hexdigest()}, expected {etag}"
 
 
 def _state_of(path: Path) -> str:
