@@ -39,6 +39,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fault_of(path: Path, *, sha256: str, size: int | None = None) -> str | None:
+    """How a file differs from what is known of it, in words; None when it does not."""
+    found = path.stat().st_size
+    if size is not None and found != size:
+        return f"it has {found} bytes, expected {size}"
+    found = sha256_of(path)
+    return None if found == sha256 else f"its sha256 is {found}, expected {sha256}"
+
+
 def _umask() -> int:
     # There is no way to read the umask without setting it.
     current = os.umask(0)

@@ -43,6 +43,16 @@ def only_loopback():
         yield
 
 
+@pytest.fixture(params=["lfs", "xet"])
+def transport(request, monkeypatch):
+    """Runs a test twice: the client uploads large files over LFS, and over Xet."""
+    from huggingface_hub import constants
+
+    # What HF_HUB_DISABLE_XET sets; the client reads the variable once, and this at each use.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param == "lfs")
+    return request.param
+
+
 @pytest.fixture
 def registry(monkeypatch):
     """The registry; what a test registers is forgotten after it."""

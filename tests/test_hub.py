@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -13,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants, scan_cache_dir
+from huggingface_hub import scan_cache_dir
 
 import medmim
 from fakes import tiny_model
-from hubdouble import COMMIT, HubDouble
-from medmim import hub
+from hubdouble import HubDouble
+from medmim import files, hub, remote, transport
 from medmim.errors import SpecError, WeightsError
 from medmim.spec import FileSpec
 
@@ -35,24 +36,38 @@ def double(tiny_folder):
 
 
 @pytest.fixture
+def commit(double):
+    """The commit that main of the repository points to."""
+    return double.repos[REPO].branches["main"]
+
+
+@pytest.fixture
 def access(double, tmp_path):
     """Keywords that make create_model use the double, with an empty cache."""
     return {"endpoint": double.endpoint, "cache_dir": tmp_path / "cache"}
 
 
 @pytest.fixture
-def published(registry, tiny_folder):
+def published(registry, tiny_folder, commit):
     """The same weights in the catalog as "tiny.fake", published at REPO and not installed: their record."""
-    weights = tiny_folder[1].weights.model_copy(update={"repo": REPO, "revision": COMMIT})
+    weights = tiny_folder[1].weights.model_copy(update={"repo": REPO, "revision": commit})
     registry.register_model("tiny", family="vit", args=tiny_folder[1].args, weights=[weights])
     return weights
 
 
-def resolve_paths(double) -> list[str]:
-    """What was asked of the double since the last call, without the repository."""
-    paths = [request.replace(f"/{REPO}/resolve/", "") for request in double.requests]
-    double.requests.clear()
-    return paths
+def asked(double) -> list[str]:
+    """What was asked of the double since the last call: "HEAD REVISION/FILE", "GET FILE" for the bytes of one.
+
+    The redirect of a small file is left out, which is to another path of the hub.
+    """
+    found = []
+    for request in double.asked():
+        method, path = request.split()
+        if method == "GET":
+            found.append(f"GET {path.rsplit('/', 1)[1]}")
+        elif "/resolve/" in path:
+            found.append(f"HEAD {path.partition('/resolve/')[2]}")
+    return found
 
 
 def blob(cache_dir, name) -> Path:
@@ -69,46 +84,48 @@ def damage(path):
 # --- from a hub -------------------------------------------------------------------------------------------------------
 
 
-def test_from_the_hub_bit_for_bit(double, access):
+def test_from_the_hub_bit_for_bit(double, access, commit):
     model = medmim.from_pretrained(REPO, **access)
     for key, tensor in tiny_model().state_dict().items():
         assert torch.equal(model.state_dict()[key], tensor)
     assert model.spec.weights.repo == REPO
-    assert model.spec.weights.revision == COMMIT
-    assert any(agent.startswith(f"medmim/{medmim.__version__}") for agent in double.agents)
+    assert model.spec.weights.revision == commit
+    for request in double.requests:
+        assert request.headers["user-agent"].startswith(f"medmim/{medmim.__version__}")
 
 
-def test_the_branch_costs_one_request_and_the_commit_none(double, access):
+def test_the_branch_costs_one_request_and_the_commit_none(double, access, commit):
     medmim.create_model(f"hf-hub:{REPO}", pretrained=True, **access)
-    assert resolve_paths(double) == [
-        "HEAD main/config.json",
-        "GET main/config.json",
+    assert asked(double) == [
+        # What is not in the cache is asked for once by medmim and once by the client.
+        *["HEAD main/config.json"] * 2,
+        "GET config.json",
         # The rest is of the commit that config.json was of.
-        f"HEAD {COMMIT}/model.safetensors",
-        f"GET {COMMIT}/model.safetensors",
+        *[f"HEAD {commit}/model.safetensors"] * 2,
+        "GET model.safetensors",
     ]
     medmim.create_model(f"hf-hub:{REPO}", pretrained=True, **access)
-    assert resolve_paths(double) == ["HEAD main/config.json"]
-    medmim.create_model(f"hf-hub:{REPO}@{COMMIT}", pretrained=True, **access)
-    medmim.from_pretrained(REPO, revision=COMMIT, **access)
+    assert asked(double) == ["HEAD main/config.json"]
+    medmim.create_model(f"hf-hub:{REPO}@{commit}", pretrained=True, **access)
+    medmim.from_pretrained(REPO, revision=commit, **access)
     medmim.create_model(f"hf-hub:{REPO}", pretrained=True, local_files_only=True, **access)
-    assert resolve_paths(double) == []
+    assert asked(double) == []
 
 
 def test_without_pretrained_only_the_config_is_fetched(double, access):
     medmim.create_model(f"hf-hub:{REPO}", **access)
-    assert {path.split()[1] for path in resolve_paths(double)} == {"main/config.json"}
+    assert {request.split("/")[-1].split()[-1] for request in asked(double)} == {"config.json"}
 
 
-def test_weights_of_the_catalog_are_pinned(double, access, published):
+def test_weights_of_the_catalog_are_pinned(double, access, published, commit):
     model = medmim.create_model("tiny", pretrained=True, **access)
     assert model.spec.weights == published
-    assert resolve_paths(double) == [f"HEAD {COMMIT}/model.safetensors", f"GET {COMMIT}/model.safetensors"]
+    assert asked(double) == [*[f"HEAD {commit}/model.safetensors"] * 2, "GET model.safetensors"]
     medmim.create_decoder(model)
-    assert resolve_paths(double) == [f"HEAD {COMMIT}/decoder.safetensors", f"GET {COMMIT}/decoder.safetensors"]
-    double.failure = 503, {}
+    assert asked(double) == [*[f"HEAD {commit}/decoder.safetensors"] * 2, "GET decoder.safetensors"]
+    double.fault("*", "", times=math.inf, status=503)
     medmim.create_decoder(medmim.create_model("tiny.fake", pretrained=True, **access))
-    assert resolve_paths(double) == []
+    assert asked(double) == []
 
 
 def test_a_repository_without_a_record_works_too(double, access, tmp_path):
@@ -119,52 +136,54 @@ def test_a_repository_without_a_record_works_too(double, access, tmp_path):
 
 
 def test_a_private_repository_needs_the_token_and_no_model_keeps_it(double, access):
-    double.token = "hf_secret"
+    double.repos[REPO].private = True
     with pytest.raises(WeightsError, match="no such repository, or a private one; check the name, set HF_TOKEN"):
         medmim.from_pretrained(REPO, **access)
-    model = medmim.from_pretrained(REPO, token="hf_secret", **access)
-    assert b"hf_secret" not in pickle.dumps(model)
-    assert "hf_secret" not in repr(hub.HubAccess(token="hf_secret"))
+    double.requests.clear()
+    model = medmim.from_pretrained(REPO, token="hf_read", **access)
+    assert {(request.server, request.token) for request in double.requests} == {("hub", "hf_read"), ("cdn", None)}
+    assert b"hf_read" not in pickle.dumps(model)
+    assert "hf_read" not in repr(hub.HubAccess(token="hf_read"))
 
 
 # --- damaged downloads ------------------------------------------------------------------------------------------------
 
 
 def test_a_flipped_byte_is_fetched_again(double, access):
-    double.damaged = 1
+    double.fault("GET", "model.safetensors", flip=True)
     model = medmim.from_pretrained(REPO, **access)
     assert torch.equal(model.norm.bias, tiny_model().norm.bias)
-    assert resolve_paths(double).count(f"GET {COMMIT}/model.safetensors") == 2
+    assert asked(double).count("GET model.safetensors") == 2
 
 
 def test_a_byte_that_stays_flipped_is_an_error(double, access, tiny_folder):
-    double.damaged = 99
+    double.fault("GET", "model.safetensors", times=math.inf, flip=True)
     with pytest.raises(WeightsError) as error:
         medmim.from_pretrained(REPO, **access)
     expected = tiny_folder[1].weights.encoder[0].sha256
     for part in ("model.safetensors", REPO, double.endpoint, f"expected {expected}", "its sha256 is", "fetched twice"):
         assert part in str(error.value)
-    assert resolve_paths(double).count(f"GET {COMMIT}/model.safetensors") == 2
-    double.damaged = 0
+    assert asked(double).count("GET model.safetensors") == 2
+    double.heal()
     medmim.from_pretrained(REPO, **access)
 
 
 def test_a_blob_is_hashed_once(access, double, monkeypatch):
     hashed = []
-    sha256 = hub.sha256_of
-    monkeypatch.setattr(hub, "sha256_of", lambda path: hashed.append(path.name) or sha256(path))
+    sha256 = files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: hashed.append(path.name) or sha256(path))
     medmim.from_pretrained(REPO, **access)
     medmim.from_pretrained(REPO, **access)
     assert hashed == ["model.safetensors"]
 
 
-def test_a_blob_that_changed_since_is_hashed_again(double, access):
+def test_a_blob_that_changed_since_is_hashed_again(double, access, commit):
     medmim.from_pretrained(REPO, **access)
     damage(blob(access["cache_dir"], "model.safetensors"))
-    resolve_paths(double)
-    model = medmim.from_pretrained(REPO, revision=COMMIT, **access)
+    asked(double)
+    model = medmim.from_pretrained(REPO, revision=commit, **access)
     assert torch.equal(model.norm.bias, tiny_model().norm.bias)
-    assert f"GET {COMMIT}/model.safetensors" in resolve_paths(double)
+    assert "GET model.safetensors" in asked(double)
 
 
 def test_a_damaged_blob_without_a_network_is_an_error(double, access):
@@ -176,12 +195,12 @@ def test_a_damaged_blob_without_a_network_is_an_error(double, access):
     assert path.exists()
 
 
-def test_what_is_remembered_leaves_the_cache_in_order(access):
+def test_what_is_remembered_leaves_the_cache_in_order(access, commit):
     medmim.from_pretrained(REPO, **access)
     found = scan_cache_dir(access["cache_dir"])
     assert not found.warnings
     assert len(found.repos) == 1
-    found.delete_revisions(COMMIT).execute()
+    found.delete_revisions(commit).execute()
     assert not list(access["cache_dir"].glob("models--*"))
 
 
@@ -197,7 +216,7 @@ def test_a_read_only_cache_is_hashed_each_time(access, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(hub, "atomic_write", refuse)
+    monkeypatch.setattr(remote, "atomic_write", refuse)
     medmim.from_pretrained(REPO, **access)
     assert not list(access["cache_dir"].glob("models--*/.medmim-verified/*"))
     damage(blob(access["cache_dir"], "model.safetensors"))
@@ -230,7 +249,7 @@ def test_what_is_not_there(name, message, access):
     ],
 )
 def test_a_file_that_is_not_there(file, message, access, double):
-    del double.repos[REPO][file]
+    del double.repos[REPO].files[file]
     with pytest.raises(WeightsError, match=message):
         medmim.from_pretrained(REPO, **access)
 
@@ -240,13 +259,18 @@ def test_a_file_that_is_not_there(file, message, access, double):
     [
         ((401, {"X-Error-Code": "GatedRepo"}), "it is gated; ask for access on its page, then set HF_TOKEN"),
         ((403, {"X-Error-Code": "GatedRepo"}), "it is gated"),
-        ((401, {"X-Error-Message": "Invalid credentials in Authorization header"}), "set HF_TOKEN or pass token="),
+        (
+            (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+            "it may have expired; set HF_TOKEN",
+        ),
+        ((403, {"X-Error-Message": "Access to this resource is disabled."}), "the Hub has disabled the repository"),
         ((403, {}), "a private one; check the name, set HF_TOKEN"),
         ((404, {"X-Error-Code": "RepoNotFound"}), "no such repository"),
     ],
 )
 def test_refusals_say_what_to_do(failure, message, access, double):
-    double.failure = failure
+    status, headers = failure
+    double.fault("*", "", times=math.inf, status=status, headers=headers)
     with pytest.raises(WeightsError, match=message) as error:
         medmim.from_pretrained(REPO, **access)
     assert "\n" not in str(error.value)
@@ -259,17 +283,20 @@ def test_refusals_say_what_to_do(failure, message, access, double):
         (PermissionError(13, "Permission denied", "/cache"), r"the cache cannot be written \(/cache\); set HF_HOME"),
         (OSError(30, "Read-only file system", "/cache"), r"the cache cannot be written \(/cache\)"),
         (RuntimeError("404 for https://h/api/models/a/b/xet-read-token/x"), "set HF_HUB_DISABLE_XET=1"),
+        (RuntimeError("Task error: IO Error: File too large (os error 27)"), "the disk is full"),
         (TimeoutError("timed out"), r"\(TimeoutError timed out\); try again, or set HF_ENDPOINT to a mirror"),
     ],
 )
-def test_faults_of_the_machine_say_what_to_do(error, message, monkeypatch):
+def test_faults_of_the_machine_say_what_to_do(error, message, monkeypatch, access):
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr(transport.time, "sleep", lambda seconds: None)
     with pytest.raises(WeightsError, match=message) as caught:
-        medmim.from_pretrained(REPO)
-    assert str(caught.value).startswith(f"config.json of {REPO}@main could not be fetched from {constants.ENDPOINT}")
+        medmim.from_pretrained(REPO, **access)
+    endpoint = access["endpoint"]
+    assert str(caught.value).startswith(f"config.json of {REPO}@main could not be fetched from {endpoint}")
 
 
 def test_offline_and_not_cached(access):
@@ -337,7 +364,7 @@ def test_another_namespace_is_checked_by_digest(double, access, published, monke
     double.repos["hospital/tiny.fake"] = double.repos.pop(REPO)
     monkeypatch.setenv("MEDMIM_HUB", "hospital")
     medmim.create_model("tiny", pretrained=True, **access)
-    assert {path.split("/resolve/")[0].split("/", 1)[1] for path in double.requests} == {"hospital/tiny.fake"}
+    assert {path.split("/resolve/")[0] for path in double.asked("/resolve/")} == {"HEAD /hospital/tiny.fake"}
     with pytest.raises(WeightsError, match="no such repository"):  # what the caller names is left as it is
         medmim.create_model(f"hf-hub:{REPO}", pretrained=True, **access)
 

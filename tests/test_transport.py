@@ -1,0 +1,181 @@
+"""Fetching from a repository as a whole: over both transports, by several processes, through mirrors, in time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+
+import pytest
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+
+from hubdouble import HubDouble
+from medmim import transport as fetching
+from medmim.errors import WeightsError
+from medmim.remote import HubAccess, Repository
+from medmim.spec import FileSpec
+
+REPO, CONFIG, MODEL = "org/model", "config.json", "model.safetensors"
+
+
+@pytest.fixture
+def double():
+    with HubDouble() as double:
+        yield double
+
+
+@pytest.fixture
+def content():
+    """Of the large file; new bytes each time, because hf_xet remembers what it has uploaded."""
+    return os.urandom(300_000)
+
+
+@pytest.fixture
+def record(content):
+    return FileSpec(name=MODEL, sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+
+
+def publish(double, content) -> str:
+    """Uploads a config and a large file as a client does; returns the commit."""
+    api = HfApi(endpoint=double.endpoint, token="hf_write")
+    api.create_repo(REPO, exist_ok=True)
+    files = [CommitOperationAdd(CONFIG, b"{}"), CommitOperationAdd(MODEL, content)]
+    return api.create_commit(REPO, files, commit_message="Add a model").oid
+
+
+@pytest.fixture
+def place(double, content, tmp_path):
+    """The repository with both files, over LFS, and an empty cache."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / CONFIG).write_text("{}")
+    (folder / MODEL).write_bytes(content)
+    commit = double.add_folder(REPO, folder)
+    return Repository(REPO, commit, HubAccess(cache_dir=tmp_path / "cache", endpoint=double.endpoint))
+
+
+def offline(place: Repository) -> Repository:
+    return replace(place, access=replace(place.access, local_files_only=True))
+
+
+@pytest.mark.parametrize("prefix", ["", "/artifactory/api/huggingfaceml/hf-local"])
+def test_up_and_down_and_offline(transport, prefix, content, record, tmp_path):
+    with HubDouble(prefix=prefix) as double:
+        commit = publish(double, content)
+        double.repos[REPO].private = True
+        double.requests.clear()
+        access = HubAccess("hf_read", tmp_path / "cache", double.endpoint)
+        place = Repository(REPO, commit, access)
+        assert place.find(CONFIG).read_bytes() == b"{}"
+        assert place.fetch(record).read_bytes() == content
+        asked = double.requests
+    # No other host is sent the token, and nothing but the file itself is asked for.
+    assert {request.token for request in asked if request.server == "cdn"} <= {None, "xet-token"}
+    assert all("/api/models/" not in request.path or "/xet-read-token/" in request.path for request in asked)
+    assert any("/v1/xorbs/" in request.path for request in asked) == (transport == "xet")
+    assert offline(place).fetch(record).read_bytes() == content
+    assert place.fetch(record).read_bytes() == content  # the hub is gone
+
+
+def test_weights_without_a_record_are_checked_too(transport, double, content, tmp_path):
+    access = HubAccess(cache_dir=tmp_path / "cache", endpoint=double.endpoint)
+    place = Repository(REPO, publish(double, content), access)
+    double.fault("GET", "^/objects/|^/v1/xorbs/", flip=True)
+    assert place.find(MODEL).read_bytes() == content
+    double.fault("GET", "^/objects/|^/v1/xorbs/", flip=True, times=inf)
+    with pytest.raises(WeightsError, match="is not the file that was published"):
+        replace(place, access=replace(access, cache_dir=tmp_path / "other")).find(MODEL)
+
+
+def test_an_etag_that_is_no_digest_is_not_held_against_the_file(place, double):
+    double.fault("*", "", times=inf, headers={"ETag": '"5d41402abc4b2a76b9719d911017c592"'})
+    assert place.find(CONFIG).read_bytes() == b"{}"
+
+
+def test_an_etag_that_is_a_plain_sha1(place, double):
+    double.fault("*", "", times=inf, headers={"ETag": f'"{hashlib.sha1(b"{}").hexdigest()}"'})
+    assert place.find(CONFIG).read_bytes() == b"{}"
+
+
+def test_a_file_that_a_commit_lacks_is_asked_for_once(place, double):
+    assert place.find("model.safetensors.index.json") is None
+    assert double.asked()
+    assert place.find("model.safetensors.index.json") is None
+    assert double.asked() == []
+    # Without a network it need not be asked for, of a branch neither.
+    branch = replace(place, revision="main")
+    assert branch.find("model.safetensors.index.json") is None
+    assert offline(branch).find("model.safetensors.index.json") is None
+
+
+def test_patience_is_what_the_client_was_told(place, double, record, monkeypatch):
+    slept = []
+    monkeypatch.setattr(fetching.time, "sleep", slept.append)
+    monkeypatch.setattr(fetching.time, "monotonic", lambda: sum(slept))
+    double.fault("*", "", times=inf, status=503)
+    for told, least, most in ((10, 7, 8), (60, 30, 60)):  # 10 is the client's default
+        slept.clear()
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", told)
+        with pytest.raises(WeightsError, match=rf"in {most} seconds \(HTTP 503\); try again, wait longer by HF_HUB_"):
+            place.fetch(record)
+        assert least <= sum(slept) <= most
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+FETCH = """
+import sys
+import huggingface_hub.file_download
+from medmim.remote import HubAccess, Repository
+from medmim.spec import FileSpec
+endpoint, cache, commit, sha256, size = sys.argv[1:]
+print("ready", flush=True)
+sys.stdin.readline()
+place = Repository("org/model", commit, HubAccess(endpoint=endpoint, cache_dir=cache))
+print(place.fetch(FileSpec(name="model.safetensors", sha256=sha256, size=int(size))))
+"""
+
+
+def start(place: Repository, record: FileSpec) -> subprocess.Popen:
+    """A process that says when it is ready to fetch the large file, and does so when it is sent a line."""
+    words = [place.access.endpoint, place.access.cache_dir, place.revision, record.sha256, record.size]
+    command = [sys.executable, "-c", FETCH, *map(str, words)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def go(*processes: subprocess.Popen) -> None:
+    """Sends them off together."""
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+
+@pytest.mark.parametrize("flips", [0, 1])
+def test_two_processes_fetch_the_same_file(flips, place, double, content, record):
+    double.fault("GET", "^/objects/", wait=0.5, flip=bool(flips))
+    processes = [start(place, record) for _ in range(2)]
+    go(*processes)
+    paths = [Path(process.communicate(timeout=60)[0].strip()) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert [path.read_bytes() for path in paths] == [content] * 2
+    assert len(double.asked("^/objects/")) == 1 + flips
+    assert not list(place.access.cache_dir.rglob("*.incomplete"))
+
+
+def test_a_process_that_is_killed_leaves_nothing_in_the_way(place, double, content, record):
+    double.fault("GET", "^/objects/", crawl=0.05)
+    with start(place, record) as process:
+        go(process)
+        end = time.monotonic() + 60
+        while not list(place.access.cache_dir.rglob("*.incomplete")) and time.monotonic() < end:
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode == -9
+    assert place.fetch(record).read_bytes() == content
