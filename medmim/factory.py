@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from medmim import hub, registry
-from medmim.checkpoints import load_strictly, misfit, read_tensors, write_tensors
+from medmim.checkpoints import load_strictly, misfit, read_tensors, without_values, write_tensors
 from medmim.errors import MedmimError, SpecError, UnknownModelError, WeightsError
 from medmim.spec import ModelSpec, WeightsSpec
 
@@ -83,7 +83,7 @@ def create_model(
     args = registry.as_arguments({**stored.args, **kwargs})
 
     loads = pretrained or checkpoint_path is not None
-    with torch.device("meta") if loads else contextlib.nullcontext():
+    with without_values() if loads else contextlib.nullcontext():
         model = _construct(family.cls, args, name)
     weights = None
     if checkpoint_path is not None:
@@ -191,7 +191,7 @@ def create_decoder(model: nn.Module) -> nn.Module:
     _check_keywords(cls, args, f"decoder of {name}")
 
     path = model.weights_place.fetch(weights.decoder)
-    with torch.device("meta"):
+    with without_values():
         decoder = _construct(cls, args, f"decoder of {name}")
     like = next(model.parameters())
     load_strictly(decoder, read_tensors([path]), source=str(path), device=like.device, dtype=like.dtype)
@@ -234,7 +234,7 @@ def save_pretrained(
     family = registry.find_family(model.spec.family, needed_by=model.spec.name)
     args = dict(model.spec.args)
     args |= {key: getattr(model, key) for key in CHANGEABLE if key in _accepted(family.cls) and hasattr(model, key)}
-    with torch.device("meta"):
+    with without_values():
         described = _construct(family.cls, args, model.spec.name)
     fault = misfit(described, model.state_dict())
     if fault:
@@ -367,7 +367,7 @@ def _fill(
     args: Mapping[str, Any],
     family: registry.Family,
     stored: ModelSpec,
-    tensors: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
     *,
     source: str,
     device: torch.device | str | None,
@@ -376,33 +376,33 @@ def _fill(
     """Gives a model built with `args` on meta the tensors that were saved from the model that `stored` describes."""
     stored_args = registry.as_arguments(stored.args)
     source_args = {**_defaults(family.cls), **stored_args}
-    tensors, new_head = _without_other_head(model, tensors, source_args)
+    new_head = _drop_other_head(model, tensors, source_args)
     if args != stored_args:
-        tensors = _adapt(family, model, tensors, source_args, source)
+        tensors = dict(_adapt(family, model, tensors, source_args, source))
     load_strictly(model, tensors, source=source, optional=new_head, device=device, dtype=dtype)
     if new_head:
         model.reset_classifier(model.num_classes)
     _materialise(model)
 
 
-def _without_other_head(
-    model: nn.Module, tensors: Mapping[str, Tensor], source_args: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], set[str]]:
-    """Drops the stored classifier when the model is to have another one or none.
+def _drop_other_head(model: nn.Module, tensors: dict[str, Tensor], source_args: Mapping[str, Any]) -> set[str]:
+    """Takes the stored classifier out of `tensors` when the model is to have another one or none.
 
     Returns:
-        The tensors to load, and the keys of the classifier that has to be initialised instead.
+        The keys of the classifier that has to be initialised instead.
     """
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
     prefix = next((f"{name}." for name, module in model.named_modules() if module is head), None)
     if prefix is None:
-        return dict(tensors), set()
+        return set()
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(prefix)}
     stored = {key: tensor.shape for key, tensor in tensors.items() if key.startswith(prefix)}
     is_other = model.num_classes != source_args.get("num_classes")
     if stored == wanted or (wanted and not is_other):
-        return dict(tensors), set()
-    return {key: tensor for key, tensor in tensors.items() if key not in stored}, set(wanted)
+        return set()
+    for key in stored:
+        del tensors[key]
+    return set(wanted)
 
 
 def _adapt(

@@ -317,7 +317,8 @@ class SwinTransformer3D(nn.Module):
         """Rebuilds what no file stores: how the grid of each stage is cut into windows."""
         grid = self.grid_size
         for stage in self.stages:
-            windows = [Windows(grid, self.window_size, shifted=shifted) for shifted in (False, True)]
+            with torch.device("cpu"):  # on meta too, where computing makes torch import its compiler
+                windows = [Windows(grid, self.window_size, shifted=shifted) for shifted in (False, True)]
             stage.windows = nn.ModuleList(windows).to(self.patch_embed.proj.weight)
             grid = tuple(-(-side // 2) for side in grid)
 
