@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from medmim.inference import embed
     from medmim.registry import is_model, list_models, list_pretrained, model_info, register_model
     from medmim.spec import ModelSpec, VolumeSpec, WeightsSpec
+    from medmim.timm_models import register_with_timm
     from medmim.transforms import create_transform
     from medmim.volumes import Volume, load_volume
 
@@ -39,6 +40,7 @@ _MODULE_OF = {
     "load_volume": "volumes",
     "model_info": "registry",
     "register_model": "registry",
+    "register_with_timm": "timm_models",
     "save_pretrained": "factory",
 }
 

@@ -35,6 +35,7 @@ from medmim.layers.adapt import adapt_in_chans, resize_patch_kernel
 from medmim.layers.features import chosen_indices
 from medmim.layers.patch import PatchEmbed
 from medmim.layers.position import resample_position
+from medmim.layers.sharing import Shareable
 from medmim.layers.tokens import Size, patchify, to_grid_size
 from medmim.layers.transformer import DropPath, Mlp, init_transformer
 
@@ -218,7 +219,7 @@ class PlainNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:])
 
 
-class SwinTransformer3D(nn.Module):
+class SwinTransformer3D(Shareable, nn.Module):
     """A Swin encoder for volumes (B, in_chans, D, H, W) of any proportions, with a feature pyramid.
 
     Args:
