@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 # ruff: noqa: F401
 if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`; a test holds the two together
     from medmim.errors import MedmimError, ScanError, SpecError, UnknownModelError, WeightsError
+    from medmim.export import export_model
     from medmim.factory import create_decoder, create_model, from_pretrained, save_pretrained
     from medmim.inference import embed
     from medmim.registry import is_model, list_models, list_pretrained, model_info, register_model
@@ -33,6 +34,7 @@ _MODULE_OF = {
     "create_model": "factory",
     "create_transform": "transforms",
     "embed": "inference",
+    "export_model": "export",
     "from_pretrained": "factory",
     "is_model": "registry",
     "list_models": "registry",
