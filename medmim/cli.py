@@ -220,6 +220,27 @@ def export_command(
 
 
 @app.command()
+def cards(
+    folder: Annotated[Path, typer.Argument(help="Where the cards are.")] = Path("model_cards"),
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail when a card is stale.")] = False,
+) -> None:
+    """Writes the model cards of the catalog, from the records of the weights.
+
+    Example: `medmim cards --check`
+    """
+    from medmim.cards import check_cards, write_cards
+
+    if not check:
+        for path in write_cards(folder):
+            _say(str(path))
+    problems = check_cards(folder)
+    for problem in problems:
+        report(problem)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("medmim-demo"),
     model: ModelOption = DEFAULT_MODEL,

@@ -281,6 +281,8 @@ def _record_to_save(
         record = dict(given)
     elif loaded is not None:
         record = {key: value for key, value in loaded.to_data().items() if key not in OF_PUBLISHED_FILES}
+        if loaded.repo is not None:
+            record["base_model"] = loaded.repo
     else:
         record = None
     if with_decoder and not (record and record.get("decoder_spec")):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -86,6 +88,16 @@ def test_monai_bundle(tmp_path, monkeypatch):
     pooled = medmim.embed(model, root / "scans" / "head.nii.gz").pooled
     written = load_file(root / "features.safetensors")
     assert any(tensor.shape == pooled.shape and torch.equal(tensor, pooled) for tensor in written.values())
+
+
+def test_the_command(tmp_path, monkeypatch, capfd):
+    save_tiny(tmp_path / "tiny")
+    arguments = ["export", f"local-dir:{tmp_path / 'tiny'}", "--to", "monai-bundle", "-o", str(tmp_path / "bundle")]
+    monkeypatch.setattr(sys, "argv", ["medmim", *arguments])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    assert "".join(capfd.readouterr().out.split()) == str(tmp_path / "bundle")
+    assert medmim.from_pretrained(tmp_path / "bundle" / "models").spec.weights.tag == "fake"
 
 
 def test_what_cannot_be_exported(model, tmp_path, monkeypatch):
