@@ -6,6 +6,7 @@ Pickles are never read: a file that is not safetensors is refused before anythin
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from medmim.errors import WeightsError
 from medmim.files import atomic_write
 
 SHARD_BYTES = 95_000_000  # git hosts refuse files of 100 MB
+HUGE_PAGE = 2**21
 LISTED = 6  # tensors named in an error, of each kind
 
 
@@ -60,11 +62,23 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as layout, open(path, "rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))  # the length of the header, then the header
         for key in layout.offset_keys():  # as they lie, without gaps, or the library would have refused the file
-            tensors[key] = torch.empty_like(layout.get_tensor(key))
+            tensors[key] = _memory_for(layout.get_tensor(key))
             data = tensors[key].reshape(-1).view(torch.uint8).numpy()
             if file.readinto(data) < data.size:
                 raise OSError(f"it ends within {key}")
     return tensors
+
+
+def _memory_for(tensor: Tensor) -> Tensor:
+    """An uninitialised tensor like another one; a large one in huge pages, where the system has them.
+
+    A new process gets its memory page by page as it touches it, which takes longer than reading a cached file.
+    """
+    if tensor.nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty_like(tensor)
+    memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
 
 
 def _refuse_other_formats(path: Path) -> None:
