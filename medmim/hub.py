@@ -323,7 +323,7 @@ def fetch_encoder(place: Place, weights: WeightsSpec | None) -> Iterable[Path]:
         WeightsError: When a file is missing, damaged or cannot be fetched; for a folder when that file's turn comes.
     """
     if weights is not None and isinstance(place, Folder):
-        pool = ThreadPoolExecutor(thread_name_prefix="medmim-check")
+        pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="medmim-check")
         files = pool.map(place.fetch, weights.encoder)
         pool.shutdown(wait=False)  # it finishes what it was given
         return files

@@ -103,7 +103,7 @@ def _machine() -> dict:
     cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         "cpu": cpu,
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "load average at the end": round(os.getloadavg()[0], 1),  # of more than one: others were at work
         "python": platform.python_version(),
         "system": platform.system(),
