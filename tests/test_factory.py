@@ -361,7 +361,9 @@ def test_a_damaged_shard_is_refused_wherever_it_is(tmp_path, monkeypatch):
     assert medmim.from_pretrained(tmp_path).spec.weights == spec.weights
 
 
-def test_tensors_of_every_kind_are_read_as_the_library_reads_them(tmp_path):
+@pytest.mark.parametrize("huge_page", [1, checkpoints.HUGE_PAGE])
+def test_tensors_of_every_kind_are_read_as_the_library_reads_them(huge_page, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "HUGE_PAGE", huge_page)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         "matrix": torch.rand(3, 5, generator=generator),
@@ -377,6 +379,8 @@ def test_tensors_of_every_kind_are_read_as_the_library_reads_them(tmp_path):
     for key, tensor in tensors.items():
         assert read[key].dtype == tensor.dtype
         assert torch.equal(read[key], tensor)
+    save_file(read, tmp_path / "again.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["vit_t_mae3d", "swin_t_simmim3d", "resenc_b_mae3d"])
