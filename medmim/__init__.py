@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 # ruff: noqa: F401
 if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`; a test holds the two together
     from medmim.errors import MedmimError, ScanError, SpecError, UnknownModelError, WeightsError
+    from medmim.export import export_model
     from medmim.factory import create_decoder, create_model, from_pretrained, save_pretrained
     from medmim.inference import embed
     from medmim.registry import is_model, list_models, list_pretrained, model_info, register_model
     from medmim.spec import ModelSpec, VolumeSpec, WeightsSpec
+    from medmim.timm_models import register_with_timm
     from medmim.transforms import create_transform
     from medmim.volumes import Volume, load_volume
 
@@ -32,6 +34,7 @@ _MODULE_OF = {
     "create_model": "factory",
     "create_transform": "transforms",
     "embed": "inference",
+    "export_model": "export",
     "from_pretrained": "factory",
     "is_model": "registry",
     "list_models": "registry",
@@ -39,6 +42,7 @@ _MODULE_OF = {
     "load_volume": "volumes",
     "model_info": "registry",
     "register_model": "registry",
+    "register_with_timm": "timm_models",
     "save_pretrained": "factory",
 }
 

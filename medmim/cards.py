@@ -1,22 +1,100 @@
-"""Model cards: Markdown with the front matter that the Hugging Face Hub reads, made from a model's spec alone."""
+"""Model cards: Markdown with the front matter that the Hugging Face Hub reads, made from a model's spec alone.
+
+The spec holds the run's record, the results and the digests, so a card is never edited: `medmim cards` writes those of
+the catalog, and `medmim cards --check` finds the ones that say something else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from medmim import hub, registry
 from medmim.errors import SpecError
+from medmim.files import atomic_write
+from medmim.samples import SampleScan, sample_scans
 from medmim.spec import ModelSpec, Percentile, VolumeSpec, WeightsSpec, Window
 
 NOTICE = "For research. Not a medical device: not for diagnosis or any decision about a patient."
+PICTURE_FILE = "reconstruction.png"  # in a model folder
+DEMONSTRATION_HOURS = 24  # a shorter run shows that the path works, and little more
+
+# What a method of `medmim_training.methods` is called, and whether it hides voxels.
+METHODS = {
+    "mae": ("masked image modelling (MAE)", True),
+    "mae_cnn": ("masked image modelling (MAE on convolutions)", True),
+    "simmim": ("masked image modelling (SimMIM)", True),
+    "simclr": ("contrastive learning (SimCLR)", False),
+}
+
+# --- the cards of the catalog -----------------------------------------------------------------------------------------
 
 
-def render_card(spec: ModelSpec) -> str:
+def write_cards(folder: Path) -> list[Path]:
+    """Writes the card of each set of weights of the catalog, where it is missing or stale.
+
+    Args:
+        folder: Where cards are, as `NAME.md`.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        SpecError: When there is no such folder, or a set of weights has no training record.
+    """
+    stale = {path: text for path, text in _catalog_cards(folder) if _read(path) != text}
+    for path, text in stale.items():
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return list(stale)
+
+
+def check_cards(folder: Path) -> list[str]:
+    """What is wrong with the cards of a folder, a line each; nothing when all are as `write_cards` would write them.
+
+    Raises:
+        SpecError: When there is no such folder, or a set of weights has no training record.
+    """
+    cards = dict(_catalog_cards(folder))
+    problems = []
+    for path in sorted({*cards, *folder.glob("*.md")}):
+        if path not in cards:
+            problems.append(f"{path}: no weights of the catalog are called so; delete it")
+        elif not path.is_file():
+            problems.append(f"{path}: missing; `medmim cards` writes it")
+        elif _read(path) != cards[path]:
+            problems.append(f"{path}: stale; `medmim cards` writes it anew")
+    return problems
+
+
+def _catalog_cards(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Where each card belongs, and what it says."""
+    if not folder.is_dir():
+        raise SpecError(f"{folder}: there is no such folder; cards are in model_cards of a checkout")
+    for name in registry.list_pretrained():
+        info = registry.model_info(name)
+        spec = ModelSpec(architecture=info.name, family=info.family, args=info.args, weights=info.weights[0])
+        picture = hub.PACKAGED / name / PICTURE_FILE
+        shown = Path(os.path.relpath(picture, folder)).as_posix() if picture.is_file() else None
+        yield folder / f"{name}.md", render_card(spec, picture=shown)
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+# --- one card ---------------------------------------------------------------------------------------------------------
+
+
+def render_card(spec: ModelSpec, *, picture: str | None = None) -> str:
     """The card of a set of weights.
 
     Args:
         spec: With its weights and their training record.
+        picture: Path, relative to the card, of a reconstruction of `card_scan`.
 
     Returns:
         Markdown with YAML front matter.
@@ -29,24 +107,33 @@ def render_card(spec: ModelSpec) -> str:
         raise SpecError(f"{spec.name}: a card needs weights with a training record")
     sections = [
         f"# {spec.name}",
-        f"A 3-D {_modalities(weights.volume)} encoder pretrained by masked image modelling "
-        f"({weights.training.method.upper()}), for medmim. {NOTICE}",
+        f"A 3-D {_modalities(weights.volume)} encoder pretrained by {_method(weights)} on "
+        f"{weights.training.volumes} volumes, for medmim. {NOTICE}",
+        _picture(weights, picture),
         _use(spec),
         _input(spec, weights.volume),
         _training(weights),
         _data(weights),
         _results(weights),
         _limits(weights),
+        _out_of_scope(weights),
         _integrity(weights),
         f"## Citation\n\n```bibtex\n{weights.citation.strip()}\n```",
     ]
     return _front_matter(spec, weights) + "\n\n".join(section for section in sections if section) + "\n"
 
 
+def card_scan(volume: VolumeSpec) -> SampleScan | None:
+    """The sample scan that a card shows: the first one of a modality that the weights know."""
+    return next((scan for scan in sample_scans() if scan.modality in volume.modalities), None)
+
+
 def _front_matter(spec: ModelSpec, weights: WeightsSpec) -> str:
+    training = weights.training
+    task = "image-classification" if spec.args.get("num_classes") else "image-feature-extraction"
     results = [
         EvalResult(
-            task_type="image-feature-extraction",
+            task_type=task,
             dataset_type=evidence.dataset,
             dataset_name=evidence.dataset,
             metric_type=evidence.metric,
@@ -57,19 +144,40 @@ def _front_matter(spec: ModelSpec, weights: WeightsSpec) -> str:
     data = ModelCardData(
         license=weights.license.lower(),
         library_name="medmim",
-        pipeline_tag="image-feature-extraction",
+        pipeline_tag=task,
         tags=[
-            *("medical", "3d", "masked-image-modeling", "self-supervised-learning"),
+            *("medical", "3d", "self-supervised-learning"),
+            *(["masked-image-modeling"] if _hides(weights) else []),
+            training.method,
             *(modality.lower() for modality in weights.volume.modalities),
             spec.family,
         ],
+        # Those that are on the Hub; the table below has all.
+        datasets=sorted({source.name for source in training.data if hub.REPOSITORY.fullmatch(source.name)}) or None,
+        base_model=weights.base_model,
+        base_model_relation="finetune" if weights.base_model else None,
         model_name=spec.name,
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---\n\n"
 
 
+def _picture(weights: WeightsSpec, picture: str | None) -> str:
+    scan = card_scan(weights.volume) if picture else None
+    if scan is None:
+        return ""
+    return (
+        f"![Scan, visible part, reconstruction and error]({picture})\n\n"
+        f"The sample scan `{scan.name}` with 75 % of its patches hidden: the scan, what the encoder saw, what was "
+        f"reconstructed, the error. Scan: {scan.credit}, {scan.licence}."
+    )
+
+
 def _use(spec: ModelSpec) -> str:
+    what = "scores of the classes" if spec.args.get("num_classes") else "one vector"
+    advice = "It is meant to be fine-tuned"
+    if _hides(spec.weights):
+        advice += ", as the encoders of other masked autoencoders are; frozen features are a weak summary"
     return f"""## Use
 
 ```python
@@ -77,10 +185,10 @@ import medmim
 
 model = medmim.create_model("{spec.name}", pretrained=True)
 transform = medmim.create_transform(model)  # the preprocessing below
-features = model(transform("scan.nii.gz")[None])  # one vector
+features = model(transform("scan.nii.gz")[None])  # {what}
 ```
 
-As the encoders of other masked autoencoders, it is meant to be fine-tuned; frozen features are a weak summary."""
+{advice}."""
 
 
 def _input(spec: ModelSpec, volume: VolumeSpec) -> str:
@@ -98,11 +206,13 @@ def _input(spec: ModelSpec, volume: VolumeSpec) -> str:
 
 def _training(weights: WeightsSpec) -> str:
     training = weights.training
+    scale = " This is demonstration scale." if training.wall_hours < DEMONSTRATION_HOURS else ""
+    published = "The encoder is published" + (", and its decoder beside it." if weights.decoder else " alone.")
     return (
         f"## Pretraining\n\nRecipe `{training.recipe}`: {training.steps} steps, {training.crops} crops from "
         f"{training.volumes} volumes, {training.wall_hours:.1f} hours ({training.cpu_hours:.1f} CPU hours) on "
-        f"{training.hardware}, finished {training.date}; mean loss at the end {training.final_loss:.4f}. "
-        "This is demonstration scale."
+        f"{training.hardware}, finished {training.date}; mean loss at the end {training.final_loss:.4f}.{scale} "
+        f"{published}"
     )
 
 
@@ -132,10 +242,28 @@ def _limits(weights: WeightsSpec) -> str:
     )
 
 
+def _out_of_scope(weights: WeightsSpec) -> str:
+    return (
+        "## Out of scope\n\n"
+        f"Clinical use of any kind; scans other than {_modalities(weights.volume)}; finding out who somebody is; "
+        "taking a reconstruction for something that was measured."
+    )
+
+
 def _integrity(weights: WeightsSpec) -> str:
     rows = [(f"`{file.name}`", file.size, f"`{file.sha256}`") for file in weights.files]
     licence = f"Weights: {weights.license}, the strictest licence of the training data. Code: Apache-2.0."
     return f"## Files and licence\n\n{_table(('file', 'bytes', 'sha256'), rows)}\n\n{licence}"
+
+
+def _method(weights: WeightsSpec) -> str:
+    name, _ = METHODS.get(weights.training.method, (weights.training.method, False))
+    return name
+
+
+def _hides(weights: WeightsSpec) -> bool:
+    _, hides = METHODS.get(weights.training.method, ("", False))
+    return hides
 
 
 def _rule(rule) -> str:

@@ -6,17 +6,22 @@ Pickles are never read: a file that is not safetensors is refused before anythin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from medmim.errors import WeightsError
 from medmim.files import atomic_write
 from medmim.limits import HEADER_BYTES
 
 SHARD_BYTES = 95_000_000  # git hosts refuse files of 100 MB
+HUGE_PAGE = 2**21
 LISTED = 6  # tensors named in an error, of each kind
 
 
@@ -27,25 +32,54 @@ def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
     """All tensors of a safetensors file, or of all shards of one.
 
     Returns:
-        Tensors on the CPU that are views of the memory-mapped files: copy what has to outlive them.
+        Tensors on the CPU, in memory of their own.
 
     Raises:
         WeightsError: For a file that is missing, no safetensors, or not whole; for a tensor stored twice.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     tensors: dict[str, Tensor] = {}
     for path in paths:
         _refuse_other_formats(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (it is not a mapping)
-                    if key in tensors:
-                        raise WeightsError(f"{path}: {key} is stored in another shard already; save the model again")
-                    tensors[key] = file.get_tensor(key)
+            found = _read_file(path)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{path}: not a whole safetensors file ({error}); fetch or save it again") from None
+        for key in found.keys() & tensors.keys():
+            raise WeightsError(f"{path}: {key} is stored in another shard already; save the model again")
+        tensors |= found
     return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file. The library checks the header and says what there is; the bytes are read, not mapped.
+
+    A mapped file takes the process down when somebody truncates it, and copies off it need their memory twice.
+    """
+    from safetensors import safe_open
+
+    tensors = {}
+    with safe_open(path, framework="pt") as layout, open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))  # the length of the header, then the header
+        for key in layout.offset_keys():  # as they lie, without gaps, or the library would have refused the file
+            tensors[key] = _memory_for(layout.get_tensor(key))
+            data = tensors[key].reshape(-1).view(torch.uint8).numpy()
+            if file.readinto(data) < data.size:
+                raise OSError(f"it ends within {key}")
+    return tensors
+
+
+def _memory_for(tensor: Tensor) -> Tensor:
+    """An uninitialised tensor like another one; a large one in huge pages, where the system has them.
+
+    A new process gets its memory page by page as it touches it, which takes longer than reading a cached file.
+    """
+    if tensor.nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty_like(tensor)
+    memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
 
 
 def _refuse_other_formats(path: Path) -> None:
@@ -101,6 +135,30 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str, *, sha
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def without_values() -> Iterator[None]:
+    """What is built within is on the meta device, and is not initialised: it costs neither memory nor time."""
+    with torch.device("meta"), _WithoutInit():
+        yield
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Leaves out what initialises a tensor on the meta device, where there is nothing to fill.
+
+    The first random fill there would make torch import its compiler, which takes longer than all the rest.
+    """
+
+    FILLS = frozenset((torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_))
+
+    def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
+        kwargs = kwargs or {}
+        if function in self.FILLS or getattr(function, "__module__", None) == "torch.nn.init":
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
+        return function(*args, **kwargs)
+
+
 def misfit(model: nn.Module, tensors: Mapping[str, Tensor], *, optional: Iterable[str] = ()) -> str | None:
     """What does not fit between a model (on any device) and stored tensors, in words; None when everything does.
 
@@ -133,7 +191,7 @@ def misfit(model: nn.Module, tensors: Mapping[str, Tensor], *, optional: Iterabl
 
 def load_strictly(
     model: nn.Module,
-    tensors: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
     *,
     source: str,
     optional: Iterable[str] = (),
@@ -144,7 +202,7 @@ def load_strictly(
 
     Args:
         model: The model; its parameters are replaced, those that are `optional` and missing stay on meta.
-        tensors: As `read_tensors` gives them; each is copied.
+        tensors: As `read_tensors` gives them; emptied, so that a change of dtype does not need their memory twice.
         source: Where they are from, for the error.
         optional: Keys that may be missing.
         device: Where the parameters go; None for the CPU.
@@ -157,16 +215,14 @@ def load_strictly(
     if fault:
         raise WeightsError(f"{source} does not fit the model ({fault}); check the architecture and its arguments")
     wanted = model.state_dict()
-    # Copied, because a view of a memory-mapped file takes the process down when somebody truncates the file.
-    owned = {
-        key: tensor.to(
+    fitted = {
+        key: (tensor := tensors.pop(key)).to(
             device=device or "cpu",
             dtype=dtype if dtype is not None and tensor.is_floating_point() else wanted[key].dtype,
-            copy=True,
         )
-        for key, tensor in tensors.items()
+        for key in list(tensors)
     }
-    model.load_state_dict(owned, strict=False, assign=True)
+    model.load_state_dict(fitted, strict=False, assign=True)
 
 
 def _listed(names: list[str]) -> str:

@@ -37,6 +37,16 @@ class Modality(StrEnum):
     PET = "PET"
 
 
+class Form(StrEnum):
+    """What a model can be exported to."""
+
+    ONNX = "onnx"
+    TORCH_EXPORT = "torch-export"
+    MONAI_BUNDLE = "monai-bundle"
+
+
+SUFFIXES = {Form.ONNX: ".onnx", Form.TORCH_EXPORT: ".pt2"}
+
 ModelOption = Annotated[
     str, typer.Option("-m", "--model", help="Name of `medmim list --pretrained`, hf-hub:ORG/NAME or local-dir:PATH.")
 ]
@@ -185,6 +195,48 @@ def reconstruct(
         table.add_row(name, _number(error))
     console.print(table)
     _say(str(output))
+
+
+@app.command("export")
+def export_command(
+    name: Annotated[
+        str, typer.Argument(help="A name of `medmim list --pretrained`, hf-hub:ORG/NAME or local-dir:PATH.")
+    ],
+    to: Annotated[Form, typer.Option("--to", help="ONNX, a .pt2 file of torch.export, or a folder for MONAI.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write; for monai-bundle a folder.")],
+) -> None:
+    """Writes a model with its weights in a form that others load.
+
+    Example: `medmim export vit_t_mae3d --to onnx -o vit_t.onnx`
+    """
+    if to in SUFFIXES:
+        _require_suffix(output, SUFFIXES[to])
+    from medmim.export import export_model
+    from medmim.factory import create_model
+
+    export_model(create_model(name, pretrained=True), output, to=to.value)
+    _say(str(output))
+
+
+@app.command()
+def cards(
+    folder: Annotated[Path, typer.Argument(help="Where the cards are.")] = Path("model_cards"),
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail when a card is stale.")] = False,
+) -> None:
+    """Writes the model cards of the catalog, from the records of the weights.
+
+    Example: `medmim cards --check`
+    """
+    from medmim.cards import check_cards, write_cards
+
+    if not check:
+        for path in write_cards(folder):
+            _say(str(path))
+    problems = check_cards(folder)
+    for problem in problems:
+        report(problem)
+    if problems:
+        raise typer.Exit(1)
 
 
 @app.command()

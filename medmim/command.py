@@ -38,6 +38,6 @@ def run(app: typer.Typer) -> None:
         sys.exit(130)
 
 
-def report(error: MedmimError | OSError) -> None:
+def report(error: MedmimError | OSError | str) -> None:
     """Prints an error as one line that starts with the name of the command."""
     print(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}", file=sys.stderr)

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from medmim import hub, registry
-from medmim.checkpoints import load_strictly, misfit, read_tensors, write_tensors
+from medmim.checkpoints import load_strictly, misfit, read_tensors, without_values, write_tensors
 from medmim.errors import MedmimError, SpecError, UnknownModelError, WeightsError
 from medmim.limits import limited_construction
 from medmim.spec import ModelSpec, WeightsSpec
@@ -239,7 +239,7 @@ def save_pretrained(
     family = registry.find_family(model.spec.family, needed_by=model.spec.name)
     args = dict(model.spec.args)
     args |= {key: getattr(model, key) for key in CHANGEABLE if key in _accepted(family.cls) and hasattr(model, key)}
-    with torch.device("meta"):
+    with without_values():
         described = _construct(family.cls, args, model.spec.name)
     fault = misfit(described, model.state_dict())
     if fault:
@@ -286,6 +286,8 @@ def _record_to_save(
         record = dict(given)
     elif loaded is not None:
         record = {key: value for key, value in loaded.to_data().items() if key not in OF_PUBLISHED_FILES}
+        if loaded.repo is not None:
+            record["base_model"] = loaded.repo
     else:
         record = None
     if with_decoder and not (record and record.get("decoder_spec")):
@@ -383,7 +385,7 @@ def _construct(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str
 
 def _construct_within_limits(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str) -> nn.Module:
     """The model on the meta device, where it takes no memory; refused when it is larger than any honest one."""
-    with torch.device("meta"), limited_construction(name):
+    with without_values(), limited_construction(name):
         return _construct(cls, args, name)
 
 
@@ -395,7 +397,7 @@ def _fill(
     args: Mapping[str, Any],
     family: registry.Family,
     stored: ModelSpec,
-    tensors: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
     *,
     source: str,
     device: torch.device | str | None,
@@ -404,33 +406,33 @@ def _fill(
     """Gives a model built with `args` on meta the tensors that were saved from the model that `stored` describes."""
     stored_args = registry.as_arguments(stored.args)
     source_args = {**_defaults(family.cls), **stored_args}
-    tensors, new_head = _without_other_head(model, tensors, source_args)
+    new_head = _drop_other_head(model, tensors, source_args)
     if args != stored_args:
-        tensors = _adapt(family, model, tensors, source_args, source)
+        tensors = dict(_adapt(family, model, tensors, source_args, source))
     load_strictly(model, tensors, source=source, optional=new_head, device=device, dtype=dtype)
     if new_head:
         model.reset_classifier(model.num_classes)
     _materialise(model)
 
 
-def _without_other_head(
-    model: nn.Module, tensors: Mapping[str, Tensor], source_args: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], set[str]]:
-    """Drops the stored classifier when the model is to have another one or none.
+def _drop_other_head(model: nn.Module, tensors: dict[str, Tensor], source_args: Mapping[str, Any]) -> set[str]:
+    """Takes the stored classifier out of `tensors` when the model is to have another one or none.
 
     Returns:
-        The tensors to load, and the keys of the classifier that has to be initialised instead.
+        The keys of the classifier that has to be initialised instead.
     """
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
     prefix = next((f"{name}." for name, module in model.named_modules() if module is head), None)
     if prefix is None:
-        return dict(tensors), set()
+        return set()
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(prefix)}
     stored = {key: tensor.shape for key, tensor in tensors.items() if key.startswith(prefix)}
     is_other = model.num_classes != source_args.get("num_classes")
     if stored == wanted or (wanted and not is_other):
-        return dict(tensors), set()
-    return {key: tensor for key, tensor in tensors.items() if key not in stored}, set(wanted)
+        return set()
+    for key in stored:
+        del tensors[key]
+    return set(wanted)
 
 
 def _adapt(

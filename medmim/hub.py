@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -171,12 +172,21 @@ def read_model(place: Place) -> tuple[ModelSpec, Place]:
     return spec, place
 
 
-def fetch_encoder(place: Place, weights: WeightsSpec | None) -> list[Path]:
+def fetch_encoder(place: Place, weights: WeightsSpec | None) -> Iterable[Path]:
     """The files that hold the encoder; without a record of weights those of the usual names, which nothing can check.
 
+    Returns:
+        The files in order. Those of a folder on this disk are hashed side by side, while who goes through them is
+        busy with the first ones: each is given when its bytes have been checked.
+
     Raises:
-        WeightsError: When a file is missing, damaged or cannot be fetched.
+        WeightsError: When a file is missing, damaged or cannot be fetched; for a folder when that file's turn comes.
     """
+    if weights is not None and isinstance(place, Folder):
+        pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="medmim-check")
+        files = pool.map(place.fetch, weights.encoder)
+        pool.shutdown(wait=False)  # it finishes what it was given
+        return files
     if weights is not None:
         return [place.fetch(file) for file in weights.encoder]
     if (whole := place.find(ENCODER)) is not None:

@@ -20,12 +20,14 @@ class SampleScan:
         path: The NIfTI file.
         modality: "CT" or "MR".
         licence: SPDX identifier; `LICENSE-<name>.txt` beside the file has the terms and whom to credit.
+        credit: Whom to name beside a picture of it.
     """
 
     name: str
     path: Path
     modality: str
     licence: str
+    credit: str
 
 
 def sample_scans() -> tuple[SampleScan, ...]:
@@ -36,9 +38,17 @@ def sample_scans() -> tuple[SampleScan, ...]:
     """
     for folder in FOLDERS:
         scans = (
-            SampleScan("chest_ct", folder / "chest_ct.nii.gz", "CT", "CC-BY-3.0"),
-            SampleScan("brain_t1", folder / "brain_t1.nii.gz", "MR", "LicenseRef-MNI"),
-            SampleScan("thorax_ct", folder / "thorax_ct.nii.gz", "CT", "MIT"),
+            SampleScan(
+                "chest_ct", folder / "chest_ct.nii.gz", "CT", "CC-BY-3.0", "LIDC-IDRI-0001, The Cancer Imaging Archive"
+            ),
+            SampleScan(
+                "brain_t1",
+                folder / "brain_t1.nii.gz",
+                "MR",
+                "LicenseRef-MNI",
+                "ICBM 152 2009a, McConnell Brain Imaging Centre",
+            ),
+            SampleScan("thorax_ct", folder / "thorax_ct.nii.gz", "CT", "MIT", "CTChest4 of slicerio"),
         )
         if all(scan.path.is_file() for scan in scans):
             return scans

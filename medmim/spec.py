@@ -190,6 +190,7 @@ class WeightsSpec(Record):
         golden: Seeded input and the outputs these weights gave for it.
         license: SPDX identifier, the strictest of the training data.
         converter: Name of a function in `medmim.convert` when the file is in a foreign layout.
+        base_model: Repository of the weights that these were trained on from, for the card of a fine-tuned model.
     """
 
     tag: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
@@ -205,6 +206,7 @@ class WeightsSpec(Record):
     training: TrainingRecord | None = None
     evidence: tuple[Evidence, ...] = ()
     converter: str | None = None
+    base_model: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
     @model_validator(mode="after")
     def _separate_files(self):

@@ -19,7 +19,7 @@ from medmim.samples import sample_scans
 from synthetic import write_scan
 from test_volumes import BROKEN, truncated_mha
 
-COMMANDS = ("list", "info", "embed", "reconstruct", "demo")
+COMMANDS = ("list", "info", "embed", "reconstruct", "export", "cards", "demo")
 PNG = b"\x89PNG"
 DECODER = {"embed_dim": 24, "depth": 1, "num_heads": 2}
 WEIGHTS = {
@@ -246,6 +246,8 @@ def test_embed_of_broken_scans_alone_writes_nothing(call, model, tmp_path):
         (["embed", "-o", "features.safetensors"], "SCANS"),
         (["embed", "scan.nii.gz", "-o", "features.npz"], "must end in .safetensors"),
         (["embed", "scan.nii.gz", "scan.nii.gz", "-o", "features.safetensors"], "given twice"),
+        (["export", "vit_t_mae3d", "--to", "onnx", "-o", "model.pt2"], "must end in .onnx"),
+        (["export", "vit_t_mae3d", "--to", "torchscript", "-o", "model.pt"], "--to"),
         (["segment"], "segment"),
     ],
 )

@@ -347,6 +347,60 @@ def test_truncating_the_file_under_a_live_model_is_harmless(tiny_folder):
     assert model(volumes(model)).isfinite().all()
 
 
+def test_a_damaged_shard_is_refused_wherever_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 100_000)
+    spec = medmim.save_pretrained(tiny_model(), tmp_path, weights={**RECORD, "decoder_spec": None})
+    shards = [file.name for file in spec.weights.encoder]
+    assert len(shards) > 2
+    for name in (shards[0], shards[-1]):
+        whole = (tmp_path / name).read_bytes()
+        flip_last_byte(tmp_path / name)
+        with pytest.raises(WeightsError, match=rf"{name}: damaged \(its sha256 is "):
+            medmim.from_pretrained(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    assert medmim.from_pretrained(tmp_path).spec.weights == spec.weights
+
+
+@pytest.mark.parametrize("huge_page", [1, checkpoints.HUGE_PAGE])
+def test_tensors_of_every_kind_are_read_as_the_library_reads_them(huge_page, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "HUGE_PAGE", huge_page)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "matrix": torch.rand(3, 5, generator=generator),
+        "scalar": torch.tensor(7),
+        "nothing": torch.empty(0, 4),
+        "flags": torch.tensor([True, False, True]),
+        "half": torch.rand(2, 2, 2, generator=generator).bfloat16(),
+        "double": torch.rand(3, generator=generator).double(),
+    }
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    read = checkpoints.read_tensors([tmp_path / "x.safetensors"])
+    assert read.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert read[key].dtype == tensor.dtype
+        assert torch.equal(read[key], tensor)
+    save_file(read, tmp_path / "again.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["vit_t_mae3d", "swin_t_simmim3d", "resenc_b_mae3d"])
+def test_the_first_load_does_not_import_the_compiler(name, tmp_path):
+    """Filling or computing on the meta device imports torch._dynamo and sympy: seconds, in every new process."""
+    if name == "vit_t_mae3d":
+        save_tiny(tmp_path)
+    else:
+        medmim.save_pretrained(tiny_model(name), tmp_path)
+    code = f"""
+import sys, medmim
+model = medmim.from_pretrained({str(tmp_path)!r}, num_classes=2)
+if model.spec.weights:
+    medmim.create_decoder(model)
+print(*[name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == ""
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

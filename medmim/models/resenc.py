@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from medmim.layers.adapt import adapt_in_chans
 from medmim.layers.convolution import ConvNorm, init_convolutional, leaky_relu_
 from medmim.layers.features import chosen_indices
+from medmim.layers.sharing import Shareable
 from medmim.layers.tokens import Size, to_grid_size
 
 
@@ -45,7 +46,7 @@ class ResidualBlock(nn.Module):
         return leaky_relu_(branch)
 
 
-class ResidualEncoder3D(nn.Module):
+class ResidualEncoder3D(Shareable, nn.Module):
     """A convolutional encoder for volumes (B, in_chans, D, H, W) of any proportions, with a feature pyramid.
 
     Args:

@@ -35,6 +35,7 @@ from medmim.layers.adapt import adapt_in_chans, resize_patch_kernel
 from medmim.layers.features import chosen_indices
 from medmim.layers.patch import PatchEmbed
 from medmim.layers.position import resample_position
+from medmim.layers.sharing import Shareable
 from medmim.layers.tokens import Size, patchify, to_grid_size
 from medmim.layers.transformer import DropPath, Mlp, init_transformer
 
@@ -218,7 +219,7 @@ class PlainNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:])
 
 
-class SwinTransformer3D(nn.Module):
+class SwinTransformer3D(Shareable, nn.Module):
     """A Swin encoder for volumes (B, in_chans, D, H, W) of any proportions, with a feature pyramid.
 
     Args:
@@ -317,7 +318,8 @@ class SwinTransformer3D(nn.Module):
         """Rebuilds what no file stores: how the grid of each stage is cut into windows."""
         grid = self.grid_size
         for stage in self.stages:
-            windows = [Windows(grid, self.window_size, shifted=shifted) for shifted in (False, True)]
+            with torch.device("cpu"):  # on meta too, where computing makes torch import its compiler
+                windows = [Windows(grid, self.window_size, shifted=shifted) for shifted in (False, True)]
             stage.windows = nn.ModuleList(windows).to(self.patch_embed.proj.weight)
             grid = tuple(-(-side // 2) for side in grid)
 

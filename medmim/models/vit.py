@@ -23,11 +23,12 @@ from medmim.layers.adapt import adapt_in_chans, resize_patch_kernel
 from medmim.layers.features import chosen_indices
 from medmim.layers.patch import PatchEmbed
 from medmim.layers.position import resample_position, sincos_position
+from medmim.layers.sharing import Shareable
 from medmim.layers.tokens import Size, gather_patches, gather_tokens, patchify, to_grid_size
 from medmim.layers.transformer import Block, init_transformer
 
 
-class VisionTransformer3D(nn.Module):
+class VisionTransformer3D(Shareable, nn.Module):
     """A ViT encoder for volumes (B, in_chans, D, H, W) of any proportions.
 
     Args:
@@ -124,7 +125,8 @@ class VisionTransformer3D(nn.Module):
     def init_buffers(self) -> None:
         """Rebuilds what no file stores: the fixed positions."""
         if not self.learned_positions:
-            position = sincos_position(self.grid_size, self.embed_dim)
+            with torch.device("cpu"):  # on meta too, where computing makes torch import its compiler
+                position = sincos_position(self.grid_size, self.embed_dim)
             self.register_buffer("pos_embed", position.to(self.norm.weight), persistent=False)
 
     @property

@@ -12,12 +12,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import medmim
+from fakes import RECORD, tiny_model
+from medmim.cards import PICTURE_FILE
 from medmim.errors import SpecError
 from medmim.factory import create_decoder
 from medmim.golden import golden_outputs
 from medmim.spec import WeightsSpec
 from medmim_training.evaluate import evaluate_reconstruction
-from medmim_training.publish import package
+from medmim_training.publish import package, write_picture
 from medmim_training.store.sources import find_sources
 
 
@@ -75,6 +77,17 @@ def test_the_card_reads_as_the_hub_does(folder):
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert "3 volumes" in card.text
     assert "Not a medical device" in card.text
+
+
+def test_the_card_shows_a_sample_scan_that_lies_beside_it(folder):
+    assert f"]({PICTURE_FILE})" in (folder / "README.md").read_text("utf-8")
+    assert (folder / PICTURE_FILE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_decoder_there_is_no_picture(tmp_path):
+    medmim.save_pretrained(tiny_model(), tmp_path, weights={**RECORD, "decoder_spec": None})
+    assert not write_picture(tmp_path)
+    assert not (tmp_path / PICTURE_FILE).exists()
 
 
 def test_an_unfinished_run_is_refused(tmp_path, store):

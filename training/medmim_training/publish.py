@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from medmim import hub
-from medmim.cards import render_card
+from medmim.cards import PICTURE_FILE, card_scan, render_card
 from medmim.errors import SpecError, WeightsError
-from medmim.factory import save_pretrained
+from medmim.factory import create_decoder, from_pretrained, save_pretrained
 from medmim.files import atomic_write
 from medmim.golden import GOLDEN_FILE, golden_outputs
 from medmim.limits import CONFIG_BYTES, read_json
+from medmim.pictures import reconstruction_picture
+from medmim.reconstruction import reconstruct_scan
 from medmim.spec import Evidence, ModelSpec, TrainingRecord
 from medmim_training.checkpoint import load_latest
 from medmim_training.engine import CHECKPOINTS, RECIPE_FILE, RECORD_FILE, build_method
@@ -90,10 +92,39 @@ def package(
             "evidence": [each.to_data() for each in evidence],
         },
     )
-    for name, text in ((CARD_FILE, render_card(spec)), (ENTRY_FILE, catalog_entry(spec))):
+    picture = PICTURE_FILE if write_picture(folder) else None
+    for name, text in ((CARD_FILE, render_card(spec, picture=picture)), (ENTRY_FILE, catalog_entry(spec))):
         with atomic_write(folder / name) as path:
             path.write_text(text, encoding="utf-8")
     return spec
+
+
+def write_picture(folder: str | Path) -> bool:
+    """Draws what the card of a model folder shows: a sample scan, reconstructed from a quarter of its patches.
+
+    Args:
+        folder: Model folder, as `package` and `medmim.save_pretrained` write them.
+
+    Returns:
+        Whether there is something to draw: not without a decoder, nor for a modality without a sample scan.
+    """
+    model = from_pretrained(folder)
+    scan = card_scan(model.spec.weights.volume)
+    if model.spec.weights.decoder is None or scan is None:
+        return False
+    result, spacing = reconstruct_scan(
+        model,
+        create_decoder(model),
+        scan.path,
+        modality=scan.modality,
+        ratio=0.75,
+        generator=torch.Generator().manual_seed(0),
+    )
+    orientation = model.spec.weights.volume.orientation
+    reconstruction_picture(
+        result, Path(folder) / PICTURE_FILE, spacing=spacing, orientation=orientation, title=scan.name
+    )
+    return True
 
 
 def catalog_entry(spec: ModelSpec) -> str:

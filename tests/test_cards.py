@@ -1,0 +1,224 @@
+"""Cards: made from the record alone, read as the Hub reads them, and what they show can be done as it stands."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import medmim
+from fakes import RECORD, save_tiny, tiny_model
+from medmim import cli, hub
+from medmim.cards import METHODS, PICTURE_FILE, card_scan, check_cards, render_card, write_cards
+from medmim.errors import SpecError
+from medmim_training.methods import METHODS as TRAINED
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+TRAINING = {
+    "method": "mae",
+    "recipe": "small/vit_t_mae3d",
+    "steps": 10,
+    "crops": 40,
+    "volumes": 3,
+    "wall_hours": 30.0,
+    "cpu_hours": 30.0,
+    "hardware": "1 CPU core",
+    "final_loss": 0.5,
+    "date": "2026-11-01",
+    "data": [
+        {"name": "org/set", "volumes": 2, "modality": "MR", "license": "CC-BY-4.0"},
+        {"name": "ours", "volumes": 1, "modality": "CT", "license": "CC-BY-4.0"},
+    ],
+}
+EVIDENCE = {"dataset": "other", "protocol": "75% hidden", "metric": "normalised MSE", "value": 0.25, "cases": 2}
+
+
+def spec_with(tmp_path, *, args=None, **changes):
+    record = {**RECORD, "training": TRAINING, "evidence": [{**EVIDENCE, "baselines": {"mean fill": 1.0}}], **changes}
+    model = tiny_model(**(args or {}))
+    return medmim.save_pretrained(model, tmp_path / "model", weights={**record, "decoder_spec": None})
+
+
+@pytest.fixture
+def spec(tmp_path):
+    return spec_with(tmp_path)
+
+
+@pytest.fixture
+def catalog(spec, registry, monkeypatch, tmp_path):
+    """One more set of weights in the catalog, and a folder with the cards of all: (name, folder)."""
+    monkeypatch.setattr(hub, "PACKAGED", tmp_path / "weights")
+    registry.register_model("tiny", family="vit", args=spec.args, weights=[spec.weights])
+    (tmp_path / "cards").mkdir()
+    write_cards(tmp_path / "cards")
+    return "tiny.fake", tmp_path / "cards"
+
+
+# --- the checked-in ones ----------------------------------------------------------------------------------------------
+
+
+def test_the_checked_in_cards_are_fresh():
+    assert check_cards(CARDS) == []
+
+
+@pytest.mark.parametrize("name", medmim.list_pretrained())
+def test_the_code_of_a_card_runs(name, tmp_path, monkeypatch):
+    if not (hub.PACKAGED / name).is_dir():
+        pytest.skip(f"{name} does not ship with the source")
+    blocks = re.findall(r"^```python\n(.*?)^```$", (CARDS / f"{name}.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert blocks
+    scan = card_scan(medmim.model_info(name).weights[0].volume)
+    shutil.copy(scan.path, tmp_path / "scan.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        scope = {}
+        exec(compile(block, f"{name}.md", "exec"), scope)
+        assert scope["features"].shape == (1, scope["model"].num_features)
+
+
+@pytest.mark.parametrize("path", sorted(CARDS.glob("*.md")), ids=lambda path: path.stem)
+def test_pictures_of_cards_exist(path):
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", path.read_text("utf-8")):
+        assert (CARDS / picture).is_file()
+
+
+# --- what a card says -------------------------------------------------------------------------------------------------
+
+
+def test_front_matter(spec):
+    data = ModelCard(render_card(spec)).data
+    assert data.library_name == "medmim"
+    assert data.license == "cc-by-4.0"
+    assert data.pipeline_tag == "image-feature-extraction"
+    assert {"medical", "3d", "masked-image-modeling", "mae", "ct", "mr", "vit"} <= set(data.tags)
+    assert data.datasets == ["org/set"]
+    assert data.base_model is None
+    (result,) = data.eval_results
+    assert (data.model_name, result.metric_value, result.dataset_name) == (spec.name, 0.25, "other")
+
+
+def test_front_matter_of_a_fine_tuned_classifier(tmp_path):
+    spec = spec_with(tmp_path, args={"num_classes": 4}, base_model="org/base", evidence=[])
+    card = ModelCard(render_card(spec))
+    assert card.data.pipeline_tag == "image-classification"
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/base", "finetune")
+    assert card.data.eval_results is None
+    assert "## Results" not in card.text
+
+
+def test_a_tuned_model_names_what_it_was_tuned_from(tmp_path):
+    save_tiny(tmp_path / "base")
+    model = medmim.from_pretrained(tmp_path / "base")
+    published = model.spec.weights.model_copy(update={"repo": "org/base"})
+    model.spec = model.spec.model_copy(update={"weights": published})
+    saved = medmim.save_pretrained(model, tmp_path / "tuned")
+    assert saved.weights.base_model == "org/base"
+    again = medmim.save_pretrained(medmim.from_pretrained(tmp_path / "tuned"), tmp_path / "again")
+    assert again.weights.base_model == "org/base"
+
+
+def test_sections(spec):
+    text = render_card(spec)
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
+        "Use",
+        "Input",
+        "Pretraining",
+        "Data",
+        "Results",
+        "Limits",
+        "Out of scope",
+        "Files and licence",
+        "Citation",
+    ]
+    for part in ("Not a medical device", "| ours | CT | 1 | CC-BY-4.0 |", spec.weights.encoder[0].sha256, "@misc{fake"):
+        assert part in text
+    assert "demonstration scale" not in text
+
+
+def test_what_was_not_masked_is_not_called_so(tmp_path):
+    text = render_card(spec_with(tmp_path, training={**TRAINING, "method": "simclr", "wall_hours": 1.0}))
+    assert "contrastive learning (SimCLR)" in text
+    assert "mask" not in text
+    assert "demonstration scale" in text
+
+
+def test_every_method_has_a_name():
+    assert METHODS.keys() == TRAINED.keys()
+
+
+def test_a_picture_is_shown_with_its_source(spec):
+    text = render_card(spec, picture=f"../weights/{PICTURE_FILE}")
+    assert f"](../weights/{PICTURE_FILE})" in text
+    assert "LIDC-IDRI-0001, The Cancer Imaging Archive, CC-BY-3.0" in text
+    assert "![" not in render_card(spec)
+
+
+def test_the_scan_of_a_card_is_of_a_modality_that_the_weights_know(spec):
+    assert card_scan(spec.weights.volume).modality == "CT"
+    only = {"PET": {"kind": "percentile"}}
+    assert card_scan(medmim.VolumeSpec.parse({"intensity": only}, source="test")) is None
+
+
+def test_weights_without_a_training_record_have_no_card(tmp_path):
+    save_tiny(tmp_path)
+    with pytest.raises(SpecError, match="needs weights with a training record"):
+        render_card(medmim.from_pretrained(tmp_path).spec)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["medmim", "cards", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def test_stale_missing_and_foreign_cards_are_found_and_written_anew(catalog, monkeypatch, capfd):
+    name, folder = catalog
+    assert run(monkeypatch, folder, "--check") == 0
+    fresh = (folder / f"{name}.md").read_text("utf-8")
+    others = [path for path in folder.glob("*.md") if path.stem != name]
+    (folder / f"{name}.md").write_text(fresh.replace("10 steps", "11 steps"))
+    for path in others:
+        path.unlink()
+    capfd.readouterr()
+    assert run(monkeypatch, folder, "--check") == 1
+    assert capfd.readouterr().err.splitlines() == [
+        f"medmim: error: {path}: {problem}"
+        for path, problem in sorted(
+            [
+                (folder / f"{name}.md", "stale; `medmim cards` writes it anew"),
+                *((path, "missing; `medmim cards` writes it") for path in others),
+            ]
+        )
+    ]
+    assert run(monkeypatch, folder) == 0
+    assert (folder / f"{name}.md").read_text("utf-8") == fresh
+    assert run(monkeypatch, folder, "--check") == 0
+
+    (folder / "gone.md").write_text("somebody's")
+    assert run(monkeypatch, folder) == 1
+    assert "gone.md: no weights of the catalog are called so; delete it" in capfd.readouterr().err
+    assert (folder / "gone.md").is_file()
+
+
+def test_a_picture_beside_the_weights_gets_into_the_card(catalog):
+    name, folder = catalog
+    (hub.PACKAGED / name).mkdir(parents=True)
+    (hub.PACKAGED / name / PICTURE_FILE).write_bytes(b"png")
+    assert [path.stem for path in write_cards(folder)] == [name]
+    (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", (folder / f"{name}.md").read_text("utf-8"))
+    assert (folder / picture).resolve() == (hub.PACKAGED / name / PICTURE_FILE).resolve()
+
+
+def test_no_folder_is_one_line(tmp_path, monkeypatch, capfd):
+    assert run(monkeypatch, tmp_path / "missing", "--check") == 1
+    assert capfd.readouterr().err.endswith("there is no such folder; cards are in model_cards of a checkout\n")

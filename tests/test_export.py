@@ -1,0 +1,121 @@
+"""Exported models, loaded back by those they are for, give what the model gives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import medmim
+from fakes import save_tiny, tiny_model
+from medmim import cli, export
+from medmim.errors import MedmimError, SpecError, WeightsError
+from medmim.spec import ModelSpec
+from synthetic import write_scan
+
+
+@pytest.fixture
+def model(tiny_folder):
+    return medmim.from_pretrained(tiny_folder[0], num_classes=3)
+
+
+def volumes(model, batch: int) -> torch.Tensor:
+    return torch.rand(batch, model.in_chans, *model.img_size, generator=torch.Generator().manual_seed(batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_t_mae3d", "resenc_b_mae3d", "swin_t_simmim3d"])
+def test_torch_export(name, tmp_path):
+    model = tiny_model(name, num_classes=3)
+    medmim.export_model(model, tmp_path / "model.pt2", to="torch-export")
+    assert model.training  # as it was
+    model.eval()
+    extra = {"medmim.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    assert ModelSpec.parse(json.loads(extra["medmim.json"]), source="extra").to_data() == model.spec.to_data()
+    for batch in (1, 3):
+        assert torch.equal(program.module()(volumes(model, batch)), model(volumes(model, batch)))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.slow
+def test_onnx(model, tmp_path):
+    import onnxruntime
+
+    medmim.export_model(model, tmp_path / "model.onnx", to="onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (volume,), (features,) = session.get_inputs(), session.get_outputs()
+    assert (volume.name, volume.shape, features.shape) == ("volume", ["batch", 1, *model.img_size], ["batch", 3])
+    spec = json.loads(session.get_modelmeta().custom_metadata_map["medmim"])
+    assert ModelSpec.parse(spec, source="onnx").to_data() == model.spec.to_data()
+    for batch in (1, 3):
+        (outputs,) = session.run(["features"], {"volume": volumes(model, batch).numpy()})
+        np.testing.assert_allclose(outputs, model(volumes(model, batch)).detach(), atol=1e-5)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.onnx"]
+
+
+def test_monai_bundle(tmp_path, monkeypatch):
+    from monai.bundle import ConfigWorkflow, verify_net_in_out
+
+    save_tiny(tmp_path / "tiny")
+    model = medmim.from_pretrained(tmp_path / "tiny")
+    root = tmp_path / "bundle"
+    medmim.export_model(model, root, to="monai-bundle")
+    configs = {name: str(root / "configs" / f"{name}.json") for name in ("metadata", "inference")}
+    verify_net_in_out("network_def", configs["metadata"], configs["inference"], bundle_root=str(root), device="cpu")
+
+    (root / "scans").mkdir()
+    write_scan(root / "scans" / "head.nii.gz")
+    workflow = ConfigWorkflow(
+        configs["inference"],
+        configs["metadata"],
+        workflow_type="infer",
+        logging_file=False,
+        bundle_root=str(root),
+        device="cpu",
+    )
+    workflow.initialize()
+    network = workflow.network_def
+    assert network.spec.weights.volume == model.spec.weights.volume
+    assert torch.equal(network(volumes(model, 2)), model(volumes(model, 2)))
+    workflow.run()
+    pooled = medmim.embed(model, root / "scans" / "head.nii.gz").pooled
+    written = load_file(root / "features.safetensors")
+    assert any(tensor.shape == pooled.shape and torch.equal(tensor, pooled) for tensor in written.values())
+
+
+def test_the_command(tmp_path, monkeypatch, capfd):
+    save_tiny(tmp_path / "tiny")
+    arguments = ["export", f"local-dir:{tmp_path / 'tiny'}", "--to", "monai-bundle", "-o", str(tmp_path / "bundle")]
+    monkeypatch.setattr(sys, "argv", ["medmim", *arguments])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    assert "".join(capfd.readouterr().out.split()) == str(tmp_path / "bundle")
+    assert medmim.from_pretrained(tmp_path / "bundle" / "models").spec.weights.tag == "fake"
+
+
+def test_what_cannot_be_exported(model, tmp_path, monkeypatch):
+    with pytest.raises(SpecError, match=r"no form 'torchscript'.*onnx, torch-export, monai-bundle"):
+        medmim.export_model(model, tmp_path / "x", to="torchscript")
+    with pytest.raises(WeightsError, match="input contract"):
+        medmim.export_model(tiny_model(), tmp_path / "x", to="monai-bundle")
+    monkeypatch.setattr(export, "ONNX_BYTES", 1000)
+    with pytest.raises(MedmimError, match="an ONNX file holds 2; export it to torch-export"):
+        medmim.export_model(model, tmp_path / "x.onnx", to="onnx")
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(MedmimError, match=r"needs onnx and onnxscript; pip install 'medmim\[export\]'"):
+        medmim.export_model(model, tmp_path / "x.onnx", to="onnx")
+    model.spec = None
+    with pytest.raises(WeightsError, match="has no spec"):
+        medmim.export_model(model, tmp_path / "x.onnx", to="onnx")
+    assert os.listdir(tmp_path) == ["tiny"]
+
+
+def test_forms_of_the_command_line_are_those_of_the_function():
+    assert [form.value for form in cli.Form] == list(export.FORMS)

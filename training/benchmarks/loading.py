@@ -1,0 +1,245 @@
+"""How long a pretrained ViT-B takes to load and how much memory, beside the ways of timm and MONAI; and `list_models`.
+
+    python training/benchmarks/loading.py
+
+Both peers build the network, initialise it and copy the weights over. Every load is the first of a new process, after
+its imports, with the files in the page cache. The variants take turns, and a ratio is taken within each round, so that
+whatever else the machine does meets all of them. Linux, because the peak of memory is read from /proc.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL = "vit_b_mae3d"
+COMMIT = "0" * 40  # of the repository in the cache
+RESULTS = Path(__file__).parent / "results" / "loading.json"
+PACKAGES = ("medmim", "torch", "safetensors", "timm", "monai", "huggingface_hub")
+RECORD = {
+    "tag": "none",
+    "license": "Apache-2.0",
+    "citation": "none",
+    "volume": {"intensity": {"CT": {"kind": "window", "low": -1000, "high": 1000}}},
+}
+
+# What is compared, and to what: (ours, peer).
+LOADS = [(ours, peer) for ours in ("medmim, folder", "medmim, Hub cache") for peer in ("timm", "MONAI")]
+LISTS = [("medmim, list", "timm, list")]
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant is run.")] = 7,
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write.")] = RESULTS,
+) -> None:
+    """Runs all variants in turn and writes the ratios."""
+    runs: dict[str, list[dict]] = {name: [] for name in VARIANTS}
+    with tempfile.TemporaryDirectory(prefix="medmim-loading-") as folder:
+        _in_new_process("prepare", Path(folder))
+        print("prepared", flush=True)
+        for number in range(rounds):
+            names = list(VARIANTS)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                runs[name].append(_in_new_process(name, Path(folder)))
+            print(f"round {number + 1}: " + _line({name: run[-1]["seconds"] for name, run in runs.items()}), flush=True)
+    checksums = {run["checksum"] for name in ("medmim, folder", "medmim, Hub cache", "timm") for run in runs[name]}
+    assert len(checksums) == 1, "the variants that read the same weights hold different ones"
+
+    results = {
+        "what": __doc__.splitlines()[0],
+        "machine": _machine(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "rounds": rounds,
+        "seconds": {name: _spread([run["seconds"] for run in each]) for name, each in runs.items()},
+        "times faster": {
+            f"{ours} / {peer}": _spread(
+                [b["seconds"] / a["seconds"] for a, b in zip(runs[ours], runs[peer], strict=True)]
+            )
+            for ours, peer in LOADS + LISTS
+        },
+        "peak memory / weights": {
+            name: _spread([run["peak"] / run["bytes"] for run in each])
+            for name, each in runs.items()
+            if "list" not in name
+        },
+    }
+    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for title in ("times faster", "peak memory / weights"):
+        print(title, _line({name: value["median"] for name, value in results[title].items()}))
+
+
+def _in_new_process(name: str, folder: Path) -> dict:
+    command = [sys.executable, __file__, "--child", name, str(folder)]
+    # Off the network: a client that asks for anything else than weights would be timed with its server.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most, to four digits."""
+    numbers = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: float(f"{value:.4g}") for name, value in numbers.items()}
+
+
+def _line(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+
+
+def _machine() -> dict:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "load average at the end": round(os.getloadavg()[0], 1),  # of more than one: others were at work
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+# --- in the child -----------------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path) -> dict:
+    """Writes the same random weights as a model folder, in a Hub cache and as one file; and MONAI's."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    import medmim
+
+    model = medmim.create_model(MODEL)
+    spec = medmim.save_pretrained(model, folder / "model", weights=RECORD)
+    snapshot = folder / "cache" / "models--org--name" / "snapshots" / COMMIT
+    shutil.copytree(folder / "model", snapshot)
+    save_file(model.state_dict(), folder / "timm.safetensors")
+    save_file(_monai().state_dict(), folder / "monai.safetensors")
+    _load_from_cache(folder)  # remembers the digests, as the first load after a download does
+    for path in folder.rglob("*.safetensors"):
+        path.read_bytes()
+    return {"tag": spec.weights.tag}
+
+
+def _load_from_folder(folder: Path):
+    import medmim
+
+    return medmim.from_pretrained(folder / "model")
+
+
+def _load_from_cache(folder: Path):
+    import medmim
+
+    return medmim.from_pretrained("org/name", revision=COMMIT, cache_dir=folder / "cache", local_files_only=True)
+
+
+def _load_with_timm(folder: Path):
+    from safetensors.torch import load_file
+
+    model = _timm()
+    model.load_state_dict(load_file(folder / "timm.safetensors"))
+    return model.eval()
+
+
+def _load_with_monai(folder: Path):
+    from safetensors.torch import load_file
+
+    model = _monai()
+    model.load_state_dict(load_file(folder / "monai.safetensors"))
+    return model.eval()
+
+
+def _timm():
+    """A ViT for volumes of timm's own blocks, initialised by timm's own function: medmim's, with the same names."""
+    from timm.models import named_apply
+    from timm.models.vision_transformer import Block, init_weights_vit_timm
+    from torch import nn
+
+    from medmim.registry import model_info
+
+    args = model_info(MODEL).args
+    dim = args["embed_dim"]
+    model = nn.Module()
+    model.patch_embed = nn.Module()
+    model.patch_embed.proj = nn.Conv3d(args["in_chans"], dim, args["patch_size"], args["patch_size"])
+    model.blocks = nn.ModuleList(Block(dim, args["num_heads"], qkv_bias=True) for _ in range(args["depth"]))
+    model.norm = nn.LayerNorm(dim)
+    return named_apply(init_weights_vit_timm, model)
+
+
+def _monai():
+    from monai.networks.nets import ViT
+
+    from medmim.registry import model_info
+
+    args = model_info(MODEL).args
+    return ViT(
+        args["in_chans"],
+        args["img_size"],
+        args["patch_size"],
+        hidden_size=args["embed_dim"],
+        mlp_dim=4 * args["embed_dim"],
+        num_layers=args["depth"],
+        num_heads=args["num_heads"],
+        qkv_bias=True,
+    )
+
+
+def measure_load(load: Callable, imports: str, folder: Path) -> dict:
+    """The seconds of a load, what it added to resident memory at its peak, and what it loaded, in bytes and in sum."""
+    exec(imports, {})
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    start = time.perf_counter()
+    model = load(folder)
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "peak": _resident("VmHWM") - before,
+        "bytes": sum(parameter.nbytes for parameter in model.parameters()),
+        "checksum": sum(parameter.double().sum().item() for parameter in model.parameters()),
+    }
+
+
+def measure_list(package: str, folder: Path) -> dict:
+    """The seconds of an import and of listing all models, without the start of Python."""
+    start = time.perf_counter()
+    __import__(package).list_models()
+    return {"seconds": time.perf_counter() - start}
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+OURS = "import medmim.factory, medmim.models.vit, safetensors.torch, huggingface_hub.file_download"
+VARIANTS: dict[str, Callable[[Path], dict]] = {
+    "medmim, folder": lambda folder: measure_load(_load_from_folder, OURS, folder),
+    "medmim, Hub cache": lambda folder: measure_load(_load_from_cache, OURS, folder),
+    "timm": lambda folder: measure_load(_load_with_timm, "import timm, medmim.registry, safetensors.torch", folder),
+    "MONAI": lambda folder: measure_load(
+        _load_with_monai, "import monai.networks.nets, medmim.registry, safetensors.torch", folder
+    ),
+    "medmim, list": lambda folder: measure_list("medmim", folder),
+    "timm, list": lambda folder: measure_list("timm", folder),
+}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        _, _, chosen, place = sys.argv
+        print(json.dumps({"prepare": prepare, **VARIANTS}[chosen](Path(place))))
+    else:
+        typer.run(main)
