@@ -7,6 +7,7 @@ initialise what is new for the task. Weights are never replaced by random number
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from medmim import hub, registry
 from medmim.checkpoints import load_strictly, misfit, read_tensors, without_values, write_tensors
 from medmim.errors import MedmimError, SpecError, UnknownModelError, WeightsError
-from medmim.limits import limited_construction
+from medmim.limits import VOXELS, limited_construction
 from medmim.spec import ModelSpec, WeightsSpec
 
 # By the kind that a record of weights names; a class from elsewhere is never built.
@@ -385,6 +386,8 @@ def _construct(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str
 
 def _construct_within_limits(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str) -> nn.Module:
     """The model on the meta device, where it takes no memory; refused when it is larger than any honest one."""
+    if math.prod(args.get("img_size", ())) > VOXELS:
+        raise SpecError(f"{name}: img_size has more than {VOXELS} voxels, which no scan has; it is not believed")
     with without_values(), limited_construction(name):
         return _construct(cls, args, name)
 

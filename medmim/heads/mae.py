@@ -60,8 +60,7 @@ class MAEDecoder(nn.Module):
 
     def init_buffers(self) -> None:
         """Rebuilds what no file stores: the fixed positions."""
-        with torch.device("cpu"):  # on meta too, where computing makes torch import its compiler
-            position = sincos_position(self.grid_size, self.embed.out_features)
+        position = sincos_position(self.grid_size, self.embed.out_features)
         self.register_buffer("pos_embed", position.to(self.hidden_token), persistent=False)
 
     def forward(self, tokens: Tensor, idx_keep: Tensor, idx_hidden: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -29,6 +31,8 @@ def sincos_position(grid_size: Size, dim: int) -> Tensor:
     frequencies = dim // 6
     if frequencies == 0:
         raise ValueError(f"a 3-D sine-cosine embedding needs at least 6 channels, not {dim}")
+    if torch.get_default_device().type == "meta":  # only the shape counts; arithmetic would import torch's compiler
+        return torch.empty(1, math.prod(grid_size), dim)
     # float64 so that the table is the same to the last bit wherever it is rebuilt.
     omega = 10000.0 ** -(torch.arange(frequencies, dtype=torch.float64) / frequencies)
     axes = [torch.arange(side, dtype=torch.float64) for side in grid_size]

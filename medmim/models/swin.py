@@ -39,6 +39,7 @@ from medmim.layers.sharing import Shareable
 from medmim.layers.tokens import Size, patchify, to_grid_size
 from medmim.layers.transformer import DropPath, Mlp, init_transformer
 
+LARGEST_WINDOW = 4096  # tokens; attention inside needs the square of it
 APART = -100.0  # added to the attention between tokens that only the shift brought together
 
 # Which of its 2 x 2 x 2 tokens a merging takes, in the order of its weights. "repeated" takes two of them twice and two
@@ -266,6 +267,8 @@ class SwinTransformer3D(Shareable, nn.Module):
             raise ValueError(
                 f"depths {depths}, num_heads {num_heads} and window_size {window_size} must all be at least 1"
             )
+        if math.prod(window_size) > LARGEST_WINDOW:
+            raise ValueError(f"window_size {window_size} is more than {LARGEST_WINDOW} tokens, each with all others")
         if merged not in MERGED:
             raise ValueError(f"merged is {merged!r}; it must be one of {', '.join(map(repr, MERGED))}")
         self.spec = None  # set by whoever knows where the weights came from
@@ -318,7 +321,7 @@ class SwinTransformer3D(Shareable, nn.Module):
         """Rebuilds what no file stores: how the grid of each stage is cut into windows."""
         grid = self.grid_size
         for stage in self.stages:
-            with torch.device("cpu"):  # on meta too, where computing makes torch import its compiler
+            with torch.device("cpu"):  # on meta too, where arithmetic would import torch's compiler
                 windows = [Windows(grid, self.window_size, shifted=shifted) for shifted in (False, True)]
             stage.windows = nn.ModuleList(windows).to(self.patch_embed.proj.weight)
             grid = tuple(-(-side // 2) for side in grid)

@@ -125,8 +125,7 @@ class VisionTransformer3D(Shareable, nn.Module):
     def init_buffers(self) -> None:
         """Rebuilds what no file stores: the fixed positions."""
         if not self.learned_positions:
-            with torch.device("cpu"):  # on meta too, where computing makes torch import its compiler
-                position = sincos_position(self.grid_size, self.embed_dim)
+            position = sincos_position(self.grid_size, self.embed_dim)
             self.register_buffer("pos_embed", position.to(self.norm.weight), persistent=False)
 
     @property
