@@ -1,8 +1,9 @@
-"""`medmim`: list models, say what they are, embed and reconstruct scans."""
+"""`medmim`: list models, say what they are, embed and reconstruct scans, publish, copy and verify weights."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medmim.command import report, run
-from medmim.errors import ScanError, UnknownModelError
+from medmim.errors import MedmimError, ScanError, UnknownModelError
 
 if TYPE_CHECKING:
     from medmim.spec import WeightsSpec
@@ -43,6 +44,18 @@ ModelOption = Annotated[
 ]
 ModalityOption = Annotated[
     Modality | None, typer.Option(case_sensitive=False, help="What the scan is; without it, taken from the scan.")
+]
+
+
+def _use_hub(folder: Path | None) -> Path | None:
+    # Where models are looked for is asked deep below, and workers and subprocesses are to see the same.
+    if folder is not None:
+        os.environ["MEDMIM_HUB"] = str(folder.absolute())
+    return folder
+
+
+HubOption = Annotated[
+    Path | None, typer.Option(help="Folder that replaces the Hugging Face Hub, as MEDMIM_HUB does.", callback=_use_hub)
 ]
 
 
@@ -117,6 +130,7 @@ def embed(
     output: Annotated[Path, typer.Option("-o", "--output", help="Safetensors file to write.")],
     model: ModelOption = DEFAULT_MODEL,
     modality: ModalityOption = None,
+    hub: HubOption = None,
 ) -> None:
     """Writes the dense features and one pooled vector of each scan.
 
@@ -153,6 +167,7 @@ def reconstruct(
     ratio: Annotated[float, typer.Option(min=0.05, max=0.95, help="Share of the patches to hide.")] = 0.75,
     seed: Annotated[int, typer.Option(help="Decides which patches are hidden.")] = 0,
     modality: ModalityOption = None,
+    hub: HubOption = None,
 ) -> None:
     """Hides patches of a scan, predicts them, and draws scan, visible part, reconstruction and error.
 
@@ -192,6 +207,7 @@ def reconstruct(
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("medmim-demo"),
     model: ModelOption = DEFAULT_MODEL,
+    hub: HubOption = None,
 ) -> None:
     """Reconstructs and embeds the sample scans: all that medmim does, in less than a minute.
 
@@ -207,6 +223,67 @@ def demo(
     console.print(table)
     _say("Numbers: mean squared error over the hidden 75 %, divided by their variance; 0 is perfect.")
     _say(f"Features: {result.features}")
+
+
+@app.command()
+def mirror(
+    names: Annotated[
+        list[str], typer.Argument(help="Names of `medmim list --pretrained`, with wildcards, or hf-hub:ORG/NAME[@REV].")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the local hub; made when there is none.")],
+    hub: HubOption = None,
+) -> None:
+    """Copies weights, with all that was published beside them and the digests, into a folder for a site without a hub.
+
+    There, `MEDMIM_HUB=FOLDER` or `--hub FOLDER` makes the same names load from it.
+
+    Example: `medmim mirror "vit_*" hf-hub:org/name -o /media/stick/hub`
+    """
+    from medmim.mirror import mirror as copy
+    from medmim.registry import list_pretrained
+
+    failed = False
+    for name in dict.fromkeys(full for name in names for full in list_pretrained(name) or [name]):
+        try:
+            with _progress(name) as progress:
+                version = copy(name, output, progress=progress)
+            _say(f"{version.repo}@{version.name}: {version.folder}")
+        except MedmimError as error:
+            report(error)
+            failed = True
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names, hf-hub:ORG/NAME[@REV], model folders, local hubs; default all that is installed."),
+    ] = None,
+    hub: HubOption = None,
+) -> None:
+    """Hashes every file of weights and compares what the model computes with what it did when it was published.
+
+    Prints a line for each; the exit code is 1 when something is not as published.
+
+    Example: `medmim verify vit_t_mae3d /data/hub`
+    """
+    from medmim.verify import installed, models_in
+    from medmim.verify import verify as check
+
+    faults = 0
+    for source in sources or installed():
+        try:
+            for name in models_in(source) if Path(source).is_dir() else [source]:
+                for found in check(name):
+                    faults += found.fault is not None
+                    _say(f"{name}: {found.item}: {found.fault or 'ok'}")
+        except MedmimError as error:
+            report(error)
+            faults += 1
+    if faults:
+        raise typer.Exit(1)
 
 
 def _table(*columns: str) -> Table:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,7 +146,7 @@ class LocalHub:
         files: Mapping[str, Path],
         *,
         version: str | None = None,
-        branch: str = MAIN,
+        branches: Sequence[str] = (MAIN,),
         tag: str | None = None,
         expected: str | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
@@ -157,9 +157,9 @@ class LocalHub:
             repo: "org/name".
             files: Where each file of the model folder is now.
             version: The commit that they are of; None names the version by its content.
-            branch: What will point to it.
+            branches: What will point to it.
             tag: Another name for it, which must be free.
-            expected: The version that the branch must be at still; None for whatever it is at.
+            expected: The version that the first branch must still be at; None for whatever it is at.
             progress: Called with bytes copied and bytes in all.
 
         Returns:
@@ -169,7 +169,7 @@ class LocalHub:
             WeightsError: When a name is impossible or taken, the branch has moved, or the folder cannot be written.
         """
         home = self._home(repo)
-        for word in (branch, tag or MAIN):
+        for word in (*branches, *filter(None, [tag])):
             if not REVISION.fullmatch(word) or VERSION.fullmatch(word):
                 raise WeightsError(f"{word!r} cannot name a branch or tag of {self}; use letters, digits, _, - and .")
         try:
@@ -178,18 +178,18 @@ class LocalHub:
                 for left_by_a_crash in home.glob(f"{STAGING}*"):
                     shutil.rmtree(left_by_a_crash)
                 with tempfile.TemporaryDirectory(dir=home, prefix=STAGING) as staging:
-                    return self._publish(home, Path(staging), files, version, branch, tag, expected, progress)
+                    return self._publish(home, Path(staging), files, version, branches, tag, expected, progress)
         except OSError as error:
             raise WeightsError(
-                f"{repo} could not be published to {self} ({error.strerror or error}); make room there, or get leave to "
-                "write; what was there before is untouched"
+                f"{repo} could not be published to {self} ({error.strerror or error}); make room there, or get leave "
+                "to write; what was there before is untouched"
             ) from error
 
-    def _publish(self, home, staging, files, version, branch, tag, expected, progress) -> str:
-        if expected is not None and (found := self._version(home, branch)) != expected:
+    def _publish(self, home, staging, files, version, branches, tag, expected, progress) -> str:
+        if expected is not None and (found := self._version(home, branches[0])) != expected:
             raise WeightsError(
-                f"{branch} of {home} has moved from {expected} to {found} since it was read; look at what was published "
-                "there, then publish again"
+                f"{branches[0]} of {home} has moved from {expected} to {found} since it was read; look at what was "
+                "published there, then publish again"
             )
         if tag is not None and (home / REFS / tag).exists():
             raise WeightsError(f"{home} has a tag {tag!r} already; choose another")
@@ -202,38 +202,38 @@ class LocalHub:
         version = version or hashlib.sha256(sums.encode()).hexdigest()[:40]
         target = home / SNAPSHOTS / version
         target.parent.mkdir(exist_ok=True)
-        if not target.exists() or any(check_sums(target).values()):
+        if not target.exists() or not _is_intact(target):
             if target.exists():
                 os.replace(target, staging / "damaged")
             os.replace(folder, target)
-        for name in filter(None, (tag, branch)):
+        for name in (*filter(None, [tag]), *branches):
             with atomic_write(home / REFS / name) as path:
                 path.write_text(f"{version}\n", encoding="utf-8")
         return version
 
 
-def check_sums(folder: Path) -> dict[str, str | None]:
-    """Hashes what `SHA256SUMS` of a folder lists.
+def read_sums(folder: Path) -> dict[str, str]:
+    """The sha256 of each file that the list of a version names.
 
-    Returns:
-        For each file what is wrong with it, or None; for the list itself only when it cannot be used.
+    Raises:
+        WeightsError: When there is no such list.
     """
+    path = folder / SUMS
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        return {SUMS: f"cannot be read ({getattr(error, 'strerror', None) or 'not text'})"}
+        raise WeightsError(f"{path}: cannot be read ({error}); publish or copy the version again") from None
     listed = [_SUM.fullmatch(line) for line in lines]
     if not listed or None in listed:
-        return {SUMS: "is not a list of digests and names of files"}
-    return {match[2]: _fault(folder / match[2], match[1]) for match in listed}
+        raise WeightsError(f"{path}: not a list of digests and files; publish or copy the version again")
+    return {match[2]: match[1] for match in listed}
 
 
-def _fault(path: Path, expected: str) -> str | None:
+def _is_intact(folder: Path) -> bool:
     try:
-        found = sha256_of(path)
-    except OSError as error:
-        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-    return None if found == expected else f"its sha256 is {found}, expected {expected}"
+        return all(sha256_of(folder / name) == digest for name, digest in read_sums(folder).items())
+    except (OSError, WeightsError):
+        return False
 
 
 def _copy(files: Mapping[str, Path], folder: Path, progress: Callable[[int, int], None]) -> None:
