@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from medmim.errors import MedmimError, ScanError, SpecError, UnknownModelError, WeightsError
     from medmim.factory import create_decoder, create_model, from_pretrained, save_pretrained
     from medmim.inference import embed
+    from medmim.publish import push_to_hub
     from medmim.registry import is_model, list_models, list_pretrained, model_info, register_model
     from medmim.spec import ModelSpec, VolumeSpec, WeightsSpec
     from medmim.transforms import create_transform
@@ -38,6 +39,7 @@ _MODULE_OF = {
     "list_pretrained": "registry",
     "load_volume": "volumes",
     "model_info": "registry",
+    "push_to_hub": "publish",
     "register_model": "registry",
     "save_pretrained": "factory",
 }

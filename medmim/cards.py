@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from huggingface_hub import EvalResult, ModelCardData
 
 from medmim.errors import SpecError
+from medmim.registry import is_model
 from medmim.spec import ModelSpec, Percentile, VolumeSpec, WeightsSpec, Window
 
 NOTICE = "For research. Not a medical device: not for diagnosis or any decision about a patient."
@@ -70,12 +71,15 @@ def _front_matter(spec: ModelSpec, weights: WeightsSpec) -> str:
 
 
 def _use(spec: ModelSpec) -> str:
+    # Who reads the card of weights that no catalog has finds them by their repository alone.
+    is_known = is_model(spec.name) or spec.weights.repo is None
+    name = spec.name if is_known else f"hf-hub:{spec.weights.repo}"
     return f"""## Use
 
 ```python
 import medmim
 
-model = medmim.create_model("{spec.name}", pretrained=True)
+model = medmim.create_model("{name}", pretrained=True)
 transform = medmim.create_transform(model)  # the preprocessing below
 features = model(transform("scan.nii.gz")[None])  # one vector
 ```

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
@@ -14,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from medmim import pushing
 from medmim.command import report, run
 from medmim.errors import MedmimError, ScanError, UnknownModelError
 
@@ -44,18 +44,6 @@ ModelOption = Annotated[
 ]
 ModalityOption = Annotated[
     Modality | None, typer.Option(case_sensitive=False, help="What the scan is; without it, taken from the scan.")
-]
-
-
-def _use_hub(folder: Path | None) -> Path | None:
-    # Where models are looked for is asked deep below, and workers and subprocesses are to see the same.
-    if folder is not None:
-        os.environ["MEDMIM_HUB"] = str(folder.absolute())
-    return folder
-
-
-HubOption = Annotated[
-    Path | None, typer.Option(help="Folder that replaces the Hugging Face Hub, as MEDMIM_HUB does.", callback=_use_hub)
 ]
 
 
@@ -130,7 +118,7 @@ def embed(
     output: Annotated[Path, typer.Option("-o", "--output", help="Safetensors file to write.")],
     model: ModelOption = DEFAULT_MODEL,
     modality: ModalityOption = None,
-    hub: HubOption = None,
+    hub: pushing.HubOption = None,
 ) -> None:
     """Writes the dense features and one pooled vector of each scan.
 
@@ -167,7 +155,7 @@ def reconstruct(
     ratio: Annotated[float, typer.Option(min=0.05, max=0.95, help="Share of the patches to hide.")] = 0.75,
     seed: Annotated[int, typer.Option(help="Decides which patches are hidden.")] = 0,
     modality: ModalityOption = None,
-    hub: HubOption = None,
+    hub: pushing.HubOption = None,
 ) -> None:
     """Hides patches of a scan, predicts them, and draws scan, visible part, reconstruction and error.
 
@@ -207,7 +195,7 @@ def reconstruct(
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("medmim-demo"),
     model: ModelOption = DEFAULT_MODEL,
-    hub: HubOption = None,
+    hub: pushing.HubOption = None,
 ) -> None:
     """Reconstructs and embeds the sample scans: all that medmim does, in less than a minute.
 
@@ -226,12 +214,50 @@ def demo(
 
 
 @app.command()
+def push(
+    source: Annotated[str, typer.Argument(help="A model folder, or a name of `medmim list --pretrained`.")],
+    repo: Annotated[str, typer.Argument(help="ORG/NAME.")],
+    card: pushing.CardOption = None,
+    replace_card: pushing.ReplaceCardOption = False,
+    private: pushing.PrivateOption = False,
+    tag: pushing.TagOption = None,
+    revision: pushing.RevisionOption = "main",
+    pull_request: pushing.PullRequestOption = False,
+    message: pushing.MessageOption = None,
+    token: pushing.TokenOption = None,
+    endpoint: pushing.EndpointOption = None,
+    hub: pushing.HubOption = None,
+    dry_run: pushing.DryRunOption = False,
+) -> None:
+    """Publishes a model folder as one commit: to the Hugging Face Hub, a mirror of it, or a local hub.
+
+    Says first what is uploaded and how large it is; then the commit, and the entry for a catalog.
+
+    Example: `medmim push my-model org/name --private --dry-run`
+    """
+    pushing.push(
+        f"local-dir:{source}" if Path(source).is_dir() else source,
+        repo,
+        card=card,
+        message=message,
+        dry_run=dry_run,
+        replace_card=replace_card,
+        private=private,
+        tag=tag,
+        revision=revision,
+        create_pr=pull_request,
+        token=token,
+        endpoint=endpoint,
+    )
+
+
+@app.command()
 def mirror(
     names: Annotated[
         list[str], typer.Argument(help="Names of `medmim list --pretrained`, with wildcards, or hf-hub:ORG/NAME[@REV].")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the local hub; made when there is none.")],
-    hub: HubOption = None,
+    hub: pushing.HubOption = None,
 ) -> None:
     """Copies weights, with all that was published beside them and the digests, into a folder for a site without a hub.
 
@@ -243,7 +269,7 @@ def mirror(
     from medmim.registry import list_pretrained
 
     failed = False
-    for name in dict.fromkeys(full for name in names for full in list_pretrained(name) or [name]):
+    for name in dict.fromkeys(full for pattern in names for full in list_pretrained(pattern) or [pattern]):
         try:
             with _progress(name) as progress:
                 version = copy(name, output, progress=progress)
@@ -261,7 +287,7 @@ def verify(
         list[str] | None,
         typer.Argument(help="Names, hf-hub:ORG/NAME[@REV], model folders, local hubs; default all that is installed."),
     ] = None,
-    hub: HubOption = None,
+    hub: pushing.HubOption = None,
 ) -> None:
     """Hashes every file of weights and compares what the model computes with what it did when it was published.
 

@@ -13,6 +13,7 @@ A model folder that was copied to HUB/ORG/NAME by hand is found too, as a single
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -20,11 +21,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock
 
 from medmim.errors import WeightsError
-from medmim.files import atomic_write, sha256_of
+from medmim.files import Content, atomic_write, sha256_of, size_of
 
 SNAPSHOTS, REFS, SUMS, MAIN = "snapshots", "refs", "SHA256SUMS", "main"
 STAGING = ".publishing-"
@@ -143,7 +145,7 @@ class LocalHub:
     def publish(
         self,
         repo: str,
-        files: Mapping[str, Path],
+        files: Mapping[str, Content],
         *,
         version: str | None = None,
         branches: Sequence[str] = (MAIN,),
@@ -155,7 +157,7 @@ class LocalHub:
 
         Args:
             repo: "org/name".
-            files: Where each file of the model folder is now.
+            files: Each file of the model folder: where it is now, or what is in it.
             version: The commit that they are of; None names the version by its content.
             branches: What will point to it.
             tag: Another name for it, which must be free.
@@ -236,14 +238,18 @@ def _is_intact(folder: Path) -> bool:
         return False
 
 
-def _copy(files: Mapping[str, Path], folder: Path, progress: Callable[[int, int], None]) -> None:
-    done, total = 0, sum(path.stat().st_size for path in files.values())
-    for name, path in files.items():
+def _copy(files: Mapping[str, Content], folder: Path, progress: Callable[[int, int], None]) -> None:
+    done, total = 0, sum(map(size_of, files.values()))
+    for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        with open(path, "rb") as source, open(folder / name, "xb") as target:
+        with _opened(content) as source, open(folder / name, "xb") as target:
             while chunk := source.read(_CHUNK):
                 target.write(chunk)
                 done += len(chunk)
                 progress(done, total)
             target.flush()
             os.fsync(target.fileno())
+
+
+def _opened(content: Content) -> BinaryIO:
+    return io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")

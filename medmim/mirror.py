@@ -29,7 +29,9 @@ def mirror(
     """
     kind, _, rest = name.partition(":")
     if kind == "local-dir":
-        raise WeightsError(f"{name} belongs to no repository; `medmim push {rest} ORG/NAME --hub {folder}` gives it one")
+        raise WeightsError(
+            f"{name} belongs to no repository; `medmim push {rest} ORG/NAME --hub {folder}` gives it one"
+        )
     spec, place = resolve(name, None, hub.HubAccess(), needs_weights=True)
     branches = [MAIN]
     if kind == "hf-hub":

@@ -63,7 +63,7 @@ def verify(name: str) -> Iterator[Check]:
 
 
 def installed() -> list[str]:
-    """What `medmim verify` looks at when it is told nothing: the weights that ship with the source and the local hub."""
+    """What `medmim verify` looks at when it is told nothing: the weights that ship, and the local hub."""
     shipped = [name for name in list_pretrained() if (hub.PACKAGED / name / hub.CONFIG).is_file()]
     local = hub.local_hub()
     return shipped + ([str(local.root)] if local else [])

@@ -6,16 +6,12 @@ import csv
 import json
 from pathlib import Path
 
-import tomli_w
 import torch
-from safetensors.torch import save_file
 
-from medmim import hub
 from medmim.cards import render_card
 from medmim.errors import SpecError
-from medmim.factory import save_pretrained
 from medmim.files import atomic_write
-from medmim.golden import GOLDEN_FILE, golden_outputs
+from medmim.publish import catalog_entry, save_with_golden
 from medmim.spec import Evidence, ModelSpec, TrainingRecord
 from medmim_training.checkpoint import load_latest
 from medmim_training.engine import CHECKPOINTS, RECIPE_FILE, RECORD_FILE, build_method
@@ -60,20 +56,15 @@ def package(
     method = build_method(recipe)
     checkpoint = load_latest(run / CHECKPOINTS)
     method.load_state_dict(checkpoint.get("average") or checkpoint["method"])
-    encoder = method.encoder.eval()
-    decoder = method.decoder.eval() if method.decoder_spec is not None else None
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Golden outputs are those of the published numbers, computed in float32 as a model from `create_model` does.
-    for parameter in method.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16).float()
-    with atomic_write(folder / GOLDEN_FILE) as path:
-        save_file(golden_outputs(encoder, decoder), path)
     _write_data_list(folder / DATA_FILE, store)
-    spec = save_pretrained(
-        encoder.to(torch.bfloat16),
+    with atomic_write(folder / RECIPE_FILE) as path:
+        path.write_bytes((run / RECIPE_FILE).read_bytes())
+    spec = save_with_golden(
+        method.encoder.to(torch.bfloat16),
         folder,
-        decoder=decoder.to(torch.bfloat16) if decoder is not None else None,
+        decoder=method.decoder.to(torch.bfloat16) if method.decoder_spec is not None else None,
         weights={
             "tag": tag,
             "license": license,
@@ -81,7 +72,6 @@ def package(
             "volume": recipe.volume.to_data(),
             "training": training.to_data(),
             "decoder_spec": method.decoder_spec,
-            "golden": hub.describe_file(folder, GOLDEN_FILE).to_data(),
             "evidence": [each.to_data() for each in evidence],
         },
     )
@@ -89,11 +79,6 @@ def package(
         with atomic_write(folder / name) as path:
             path.write_text(text, encoding="utf-8")
     return spec
-
-
-def catalog_entry(spec: ModelSpec) -> str:
-    """The TOML to paste into the family's file in `medmim/catalog`."""
-    return tomli_w.dumps({"models": {spec.architecture: {"weights": [spec.weights.to_data()]}}})
 
 
 def _write_data_list(path: Path, store: Store) -> None:
