@@ -107,7 +107,8 @@ class Upload:
             progress: Called with bytes sent and bytes in all, by a local hub; for others huggingface_hub draws bars.
 
         Raises:
-            WeightsError: When the hub refuses, with the reason and the cure; nothing is published then.
+            WeightsError: When it fails, with the reason and the cure; then nothing is published, or all of it where
+                only the answer was lost. To publish again is safe: what is there is not sent twice.
         """
         return self.destination.send(self, message or f"{self.spec.name}, by medmim {__version__}", progress)
 
@@ -425,9 +426,9 @@ class _Remote:
             yield
         except MedmimError:
             raise
-        # Whatever the client raises (its own errors, those of its HTTP library, of hf_xet) means: it was not published.
+        # Whatever the client raises: its own errors, those of its HTTP library, of hf_xet.
         except Exception as error:
-            raise WeightsError(f"{repo} was not published to {self}: {_cure(repo, error)}") from error
+            raise WeightsError(f"publishing {repo} to {self} failed: {_cure(repo, error)}") from error
 
 
 def _cure(repo: str, error: Exception) -> str:
@@ -453,7 +454,7 @@ def _cure(repo: str, error: Exception) -> str:
         return f"the name is taken ({said}); push again to see by what"
     if status == 412:
         return "somebody else has published there since; look at what, then push again"
-    if isinstance(error, ValueError) and status is None:
+    if "Invalid metadata" in said:
         return f"the server refuses the card ({said}); correct its front matter"
     reason = f"HTTP {status}, {said}" if status else f"{type(error).__name__} {said}"
     return f"{reason}; push again later, or set HF_ENDPOINT to another server or MEDMIM_HUB to a local hub"

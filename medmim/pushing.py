@@ -64,9 +64,10 @@ def push(name: str, repo: str, *, card: Path | None, message: str | None, dry_ru
     state = "a new repository" if upload.state.commit is None else f"now at {upload.state.commit}"
     _say(f"{upload.spec.name} to {repo} at {upload.destination}, {state}:")
     console.print(table)
-    for what, names in (("stays as it is", upload.kept), ("goes, being of an older version", upload.stale)):
-        if names:
-            _say(f"{what}: {', '.join(names)}")
+    if upload.kept:
+        _say(f"stays as it is there: {', '.join(upload.kept)} (--replace-card replaces the card)")
+    if upload.stale:
+        _say(f"goes, being of an older version: {', '.join(upload.stale)}")
     if dry_run:
         _say("nothing was sent")
         return
