@@ -15,7 +15,7 @@ from rich.table import Table
 
 from medmim import pushing
 from medmim.command import report, run
-from medmim.errors import MedmimError, ScanError, UnknownModelError
+from medmim.errors import MedmimError, ScanError, UnknownModelError, WeightsError
 
 if TYPE_CHECKING:
     from medmim.spec import WeightsSpec
@@ -298,18 +298,22 @@ def verify(
     from medmim.verify import installed, models_in
     from medmim.verify import verify as check
 
-    faults = 0
+    checks, faults = 0, 0
     for source in sources or installed():
         try:
             for name in models_in(source) if Path(source).is_dir() else [source]:
                 for found in check(name):
+                    checks += 1
                     faults += found.fault is not None
                     _say(f"{name}: {found.item}: {found.fault or 'ok'}")
         except MedmimError as error:
             report(error)
-            faults += 1
+            checks, faults = checks + 1, faults + 1
     if faults:
-        raise typer.Exit(1)
+        raise WeightsError(
+            f"{faults} of {checks} are not as published; copy a damaged file again, or delete it from the cache of the "
+            "Hub to have it fetched again"
+        )
 
 
 def _table(*columns: str) -> Table:

@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock
-
 from medmim.errors import WeightsError
 from medmim.files import Content, atomic_write, sha256_of, size_of
 
@@ -170,13 +168,15 @@ class LocalHub:
         Raises:
             WeightsError: When a name is impossible or taken, the branch has moved, or the folder cannot be written.
         """
+        from huggingface_hub.utils import WeakFileLock
+
         home = self._home(repo)
         for word in (*branches, *filter(None, [tag])):
             if not REVISION.fullmatch(word) or VERSION.fullmatch(word):
                 raise WeightsError(f"{word!r} cannot name a branch or tag of {self}; use letters, digits, _, - and .")
         try:
             home.mkdir(parents=True, exist_ok=True)
-            with FileLock(home / ".lock"):
+            with WeakFileLock(home / ".lock"):
                 for left_by_a_crash in home.glob(f"{STAGING}*"):
                     shutil.rmtree(left_by_a_crash)
                 with tempfile.TemporaryDirectory(dir=home, prefix=STAGING) as staging:

@@ -12,7 +12,11 @@ from medmim.localhub import MAIN, LocalHub, Version
 
 
 def mirror(
-    name: str, folder: str | Path, *, progress: Callable[[int, int], None] = lambda done, total: None
+    name: str,
+    folder: str | Path,
+    *,
+    access: hub.HubAccess | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Version:
     """Copies a model with all that was published beside it; every file that has a digest is checked on the way.
 
@@ -21,6 +25,7 @@ def mirror(
     Args:
         name: "architecture[.tag]" of the catalog or "hf-hub:org/name[@revision]".
         folder: The local hub; made when there is none.
+        access: How to reach the Hub.
         progress: Called with bytes copied and bytes in all.
 
     Raises:
@@ -32,7 +37,7 @@ def mirror(
         raise WeightsError(
             f"{name} belongs to no repository; `medmim push {rest} ORG/NAME --hub {folder}` gives it one"
         )
-    spec, place = resolve(name, None, hub.HubAccess(), needs_weights=True)
+    spec, place = resolve(name, None, access or hub.HubAccess(), needs_weights=True)
     branches = [MAIN]
     if kind == "hf-hub":
         repo, commit = place.repo, place.revision

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 from medmim.files import size_of
@@ -51,6 +50,8 @@ def push(name: str, repo: str, *, card: Path | None, message: str | None, dry_ru
         dry_run: Ends before anything is sent.
         **options: See `medmim.publish.plan_upload`.
     """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
     from medmim.publish import catalog_entry, plan_upload
 
     text = card.read_text(encoding="utf-8") if card else None

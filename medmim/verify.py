@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from medmim import hub
@@ -31,11 +31,12 @@ class Check:
     fault: str | None
 
 
-def verify(name: str) -> Iterator[Check]:
+def verify(name: str, *, access: hub.HubAccess | None = None) -> Iterator[Check]:
     """Hashes every file of a model that has a digest, whatever is remembered of earlier checks; then runs the model.
 
     Args:
         name: As `create_model` takes it. What is not on this disk yet is fetched.
+        access: How to reach the Hub.
 
     Yields:
         A check of each file, then of the golden outputs where there are some and all files are right.
@@ -45,7 +46,8 @@ def verify(name: str) -> Iterator[Check]:
         SpecError: For a bad `config.json`.
         WeightsError: When the files cannot be fetched, or have no digests to compare with.
     """
-    spec, place = resolve(name, None, hub.HubAccess(), needs_weights=True)
+    access = access or hub.HubAccess()
+    spec, place = resolve(name, None, access, needs_weights=True)
     recorded = [(file.name, file.sha256) for file in spec.weights.files] if spec.weights else []
     listed = read_sums(place.path) if isinstance(place, hub.Folder) and (place.path / SUMS).exists() else {}
     if not recorded and not listed:
@@ -59,7 +61,7 @@ def verify(name: str) -> Iterator[Check]:
         sound = sound and check.fault is None
         yield check
     if sound and spec.weights and spec.weights.golden:
-        yield Check(GOLDEN, _golden_fault(name))
+        yield Check(GOLDEN, _golden_fault(name, access))
 
 
 def installed() -> list[str]:
@@ -88,12 +90,13 @@ def _fault(path: Path | None, digests: set[str]) -> str | None:
     if path is None:
         return "is missing"
     found = sha256_of(path)
-    return None if {found} == digests else f"its sha256 is {found}, expected {' and '.join(sorted(digests))}"
+    expected = " and ".join(sorted(digests))
+    return None if found == expected else f"its sha256 is {found}, expected {expected}, at {path}"
 
 
-def _golden_fault(name: str) -> str | None:
+def _golden_fault(name: str, access: hub.HubAccess) -> str | None:
     try:
-        model = create_model(name, pretrained=True)
+        model = create_model(name, pretrained=True, **asdict(access))
         weights = model.spec.weights
         decoder = create_decoder(model) if weights.decoder else None
         return difference(golden_outputs(model, decoder), read_tensors([model.weights_place.fetch(weights.golden)]))
