@@ -8,7 +8,7 @@ from pathlib import Path
 from medmim import hub
 from medmim.errors import WeightsError
 from medmim.factory import resolve
-from medmim.localhub import MAIN, LocalHub, Version
+from medmim.localhub import MAIN, REVISION, LocalHub, Version
 
 
 def mirror(
@@ -42,7 +42,7 @@ def mirror(
     if kind == "hf-hub":
         repo, commit = place.repo, place.revision
         revision = rest.partition("@")[2]
-        branches += [revision] if revision and revision != commit else []
+        branches += [revision] if revision not in (MAIN, commit) and REVISION.fullmatch(revision) else []
     else:
         repo, commit = hub.repository_of(spec.name, spec.weights), spec.weights.revision
     version = commit if commit and hub.COMMIT.fullmatch(commit) else None

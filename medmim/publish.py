@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from medmim import __version__, hub
-from medmim.errors import MedmimError, SpecError, WeightsError
+from medmim.errors import SpecError, WeightsError
 from medmim.factory import create_decoder, create_model, resolve, save_pretrained
 from medmim.files import Content, atomic_write, size_of
 from medmim.golden import GOLDEN_FILE, golden_outputs
@@ -365,19 +365,20 @@ class _Remote:
         )
 
     def state(self, repo: str) -> State:
-        with self._explained(repo):
+        with self._explained(repo, f"publishing {repo}"):
             info = self._info(repo, self.branch) or self._info(repo, MAIN)
             if info is None:
                 return State()
-            refs = self._api.list_repo_refs(repo)
-            if self.tag in [ref.name for ref in refs.tags]:
-                raise WeightsError(f"{repo} on {self} has a tag {self.tag!r} already; choose another")
-            if self.private and not info.private:
-                raise WeightsError(
-                    f"{repo} on {self} is there and public; choose another name, or make it private in its settings"
-                )
-            files = frozenset(sibling.rfilename for sibling in info.siblings or ())
-            return State(info.sha, files, has_branch=self.branch in [ref.name for ref in refs.branches])
+            # Not every mirror lists branches and tags, so they are asked for only where they matter.
+            refs = self._api.list_repo_refs(repo) if self.tag or self.branch != MAIN else None
+        if refs and self.tag in [ref.name for ref in refs.tags]:
+            raise WeightsError(f"{repo} on {self} has a tag {self.tag!r} already; choose another")
+        if self.private and not info.private:
+            raise WeightsError(
+                f"{repo} on {self} is there and public; choose another name, or make it private in its settings"
+            )
+        files = frozenset(sibling.rfilename for sibling in info.siblings or ())
+        return State(info.sha, files, has_branch=refs is None or self.branch in [ref.name for ref in refs.branches])
 
     def _info(self, repo: str, revision: str):
         from huggingface_hub.errors import HfHubHTTPError
@@ -400,7 +401,7 @@ class _Remote:
             ),
             *(CommitOperationDelete(name) for name in upload.stale),
         ]
-        with self._explained(repo):
+        with self._explained(repo, f"publishing {repo}"):
             parent = upload.state.commit
             if parent is None:
                 api.create_repo(repo, private=self.private)
@@ -415,20 +416,19 @@ class _Remote:
                 parent_commit=parent,
                 create_pr=self.create_pr,
             )
-            if self.tag:
+        if self.tag:
+            with self._explained(repo, f"tagging {repo}@{commit.oid}, which was published,"):
                 api.create_tag(repo, tag=self.tag, revision=commit.oid)
         spec = hub.as_published(upload.spec, repo, commit.oid)
         return Publication(spec, commit.oid, commit.commit_url, commit.pr_url)
 
     @contextmanager
-    def _explained(self, repo: str) -> Iterator[None]:
+    def _explained(self, repo: str, what: str) -> Iterator[None]:
         try:
             yield
-        except MedmimError:
-            raise
         # Whatever the client raises: its own errors, those of its HTTP library, of hf_xet.
         except Exception as error:
-            raise WeightsError(f"publishing {repo} to {self} failed: {_cure(repo, error)}") from error
+            raise WeightsError(f"{what} on {self} failed: {_cure(repo, error)}") from error
 
 
 def _cure(repo: str, error: Exception) -> str:

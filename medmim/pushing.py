@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from medmim.errors import SpecError
 from medmim.files import size_of
 
 console = Console(markup=False, highlight=False)
@@ -54,7 +55,10 @@ def push(name: str, repo: str, *, card: Path | None, message: str | None, dry_ru
 
     from medmim.publish import catalog_entry, plan_upload
 
-    text = card.read_text(encoding="utf-8") if card else None
+    try:
+        text = card.read_text(encoding="utf-8") if card else None
+    except UnicodeDecodeError:
+        raise SpecError(f"{card}: not a text; save it as UTF-8") from None
     upload = plan_upload(name, repo, card=text, **options)
     table = Table.grid(padding=(0, 2))
     table.add_column(overflow="fold")

@@ -65,10 +65,10 @@ def verify(name: str, *, access: hub.HubAccess | None = None) -> Iterator[Check]
 
 
 def installed() -> list[str]:
-    """What `medmim verify` looks at when it is told nothing: the weights that ship, and the local hub."""
+    """Names, for `verify`, of the weights that ship and of everything in the local hub, where one is set."""
     shipped = [name for name in list_pretrained() if (hub.PACKAGED / name / hub.CONFIG).is_file()]
     local = hub.local_hub()
-    return shipped + ([str(local.root)] if local else [])
+    return shipped + (models_in(local.root) if local else [])
 
 
 def models_in(folder: str | Path) -> list[str]:

@@ -289,7 +289,7 @@ def test_push_to_a_server_that_is_down(call, model, card, hub_folder):
     arguments = ["--card", card, "--endpoint", "http://127.0.0.1:9"]
     code, out, err = call("push", model, "org/name", *arguments)
     assert (code, out) == (1, "")
-    assert err.startswith("medmim: error: publishing org/name to http://127.0.0.1:9 failed: ")
+    assert err.startswith("medmim: error: publishing org/name on http://127.0.0.1:9 failed: ")
     assert len(err.splitlines()) == 1
 
 

@@ -187,8 +187,9 @@ def test_what_is_in_a_folder(folder, tmp_path):
 
 def test_what_is_installed(tiny_weights, tmp_path, monkeypatch):
     assert "tiny.fake" in installed()
-    monkeypatch.setenv("MEDMIM_HUB", str(tmp_path))
-    assert installed()[-1] == str(tmp_path)
+    version = mirror("tiny", tmp_path / "hub")
+    monkeypatch.setenv("MEDMIM_HUB", str(tmp_path / "hub"))
+    assert installed()[-1] == f"local-dir:{version.folder}"
 
 
 def test_golden_outputs_are_those_of_a_folder_without_a_decoder_too(tmp_path):

@@ -240,7 +240,7 @@ def test_who_may_not_publish(double, to_double, tmp_path, model, token, message,
     if not is_new:
         push(model, **to_double)
     before = dict(double.repos)
-    with pytest.raises(WeightsError, match=f"publishing {REPO} to {double.endpoint} failed: {message}"):
+    with pytest.raises(WeightsError, match=f"publishing {REPO} on {double.endpoint} failed: {message}"):
         plan(tmp_path / "model", **{**to_double, "token": token}).send()
     assert double.repos == before
 
@@ -297,7 +297,24 @@ def test_faults_of_the_server_are_one_sentence(double, to_double, tmp_path, faul
     with pytest.raises(WeightsError, match=message) as error:
         upload.send()
     assert "\n" not in str(error.value)
-    assert str(error.value).startswith(f"publishing {REPO} to {double.endpoint} failed: ")
+    assert str(error.value).startswith(f"publishing {REPO} on {double.endpoint} failed: ")
+
+
+def test_a_tag_that_cannot_be_made(double, to_double, tmp_path):
+    double.fault("POST", "/tag/", status=403)
+    with pytest.raises(
+        WeightsError, match=rf"tagging {REPO}@\w{{40}}, which was published, on {double.endpoint} failed"
+    ):
+        plan(tmp_path / "model", **to_double, tag="v1").send()
+    plan(tmp_path / "model", **to_double, tag="v1").send()
+    assert len(titles(double)) == 2
+    assert double.repos[REPO].tags.keys() == {"v1"}
+
+
+def test_a_mirror_that_lists_no_branches_and_tags(double, to_double, model):
+    double.fault("GET", "/refs", status=404, times=99)
+    push(model, **to_double)
+    assert push(model, **to_double).commit == double.repos[REPO].branches["main"]
 
 
 def test_a_card_that_the_server_refuses(double, to_double, tmp_path):
