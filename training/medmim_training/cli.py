@@ -155,6 +155,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Filter on a column of the CSV: column=pattern,... or column!=pattern,...")
     ] = None,
     ratio: Annotated[float, typer.Option(help="Share of the patches to hide.")] = 0.75,
+    hub: pushing.HubOption = None,
 ) -> None:
     """Measures how well hidden voxels are reconstructed, beside fills that need no network.
 
