@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -299,13 +300,13 @@ def verify(
     from medmim.verify import verify as check
 
     checks, faults = 0, 0
-    for source in sources or installed():
+    names = [models_in(source) if Path(source).is_dir() else [source] for source in sources or installed()]
+    for name in chain.from_iterable(names):
         try:
-            for name in models_in(source) if Path(source).is_dir() else [source]:
-                for found in check(name):
-                    checks += 1
-                    faults += found.fault is not None
-                    _say(f"{name}: {found.item}: {found.fault or 'ok'}")
+            for found in check(name):
+                checks += 1
+                faults += found.fault is not None
+                _say(f"{name}: {found.item}: {found.fault or 'ok'}")
         except MedmimError as error:
             report(error)
             checks, faults = checks + 1, faults + 1

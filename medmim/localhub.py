@@ -33,6 +33,7 @@ REVISION = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SUM = re.compile(r"([0-9a-f]{64})  ([\w-][\w.-]*(?:/[\w-][\w.-]*)*)", re.ASCII)
 _CHUNK = 2**24
+_REF_BYTES, _SUMS_BYTES = 64, 1_000_000  # of files that may come from a stranger: 41, and a hundred a line
 
 
 @dataclass(frozen=True)
@@ -125,18 +126,17 @@ class LocalHub:
             return revision if (home / SNAPSHOTS / revision).is_dir() else None
         if not REVISION.fullmatch(revision):
             return None
-        path = home / REFS / revision
         try:
-            version = path.read_text(encoding="utf-8", errors="replace").strip()
-        except FileNotFoundError:
+            with open(home / REFS / revision, "rb") as file:
+                version = file.read(_REF_BYTES).decode("ascii", errors="replace").strip()
+        except OSError:
             return None
-        if not VERSION.fullmatch(version):
-            raise WeightsError(f"{path}: does not name a version; write 40 hexadecimal digits there, or publish again")
-        return version
+        return version if VERSION.fullmatch(version) and (home / SNAPSHOTS / version).is_dir() else None
 
-    @staticmethod
-    def _revisions(home: Path) -> list[str]:
-        return [path.name for folder in (REFS, SNAPSHOTS) for path in sorted((home / folder).glob("[!.]*"))]
+    def _revisions(self, home: Path) -> list[str]:
+        """Names of branches, tags and versions that are there in whole."""
+        names = [path.name for folder in (REFS, SNAPSHOTS) for path in sorted((home / folder).glob("[!.]*"))]
+        return [name for name in names if self._version(home, name)]
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -222,7 +222,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     """
     path = folder / SUMS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with open(path, encoding="utf-8") as file:
+            lines = file.read(_SUMS_BYTES).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise WeightsError(f"{path}: cannot be read ({error}); publish or copy the version again") from None
     listed = [_SUM.fullmatch(line) for line in lines]

@@ -89,7 +89,10 @@ def models_in(folder: str | Path) -> list[str]:
 def _fault(path: Path | None, digests: set[str]) -> str | None:
     if path is None:
         return "is missing"
-    found = sha256_of(path)
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     expected = " and ".join(sorted(digests))
     return None if found == expected else f"its sha256 is {found}, expected {expected}, at {path}"
 

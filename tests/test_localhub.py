@@ -237,18 +237,21 @@ def test_no_link_leaves_the_folder(local, files, root, tmp_path):
     medmim.from_pretrained(REPO)
 
 
-@pytest.mark.parametrize("content", ["", "../../../etc", "a" * 39, "A" * 40, "\0" * 40])
-def test_a_reference_that_names_no_version(local, files, root, content):
-    local.publish(REPO, files)
+@pytest.mark.parametrize("content", ["", "../../../etc", "a" * 39, "A" * 40, "\0" * 40, OTHER, "0" * 10_000])
+def test_a_reference_that_names_no_version_is_none(local, files, root, content):
+    version = local.publish(REPO, files)
     (root / REPO / "refs" / "main").write_text(content)
-    with pytest.raises(WeightsError, match="does not name a version"):
+    with pytest.raises(WeightsError, match=rf"has no revision 'main' of {REPO}; it has: {version}"):
         medmim.from_pretrained(REPO)
+    assert local.head(REPO) is None
+    local.publish(REPO, files)
+    medmim.from_pretrained(REPO)
 
 
 def test_a_version_that_was_deleted(local, files, other_files, root):
     first, second = local.publish(REPO, files, tag="v1"), local.publish(REPO, other_files)
     shutil.rmtree(root / REPO / "snapshots" / second)
-    with pytest.raises(WeightsError, match=rf"has no revision '{second}' of {REPO}; it has: main, v1, {first}"):
+    with pytest.raises(WeightsError, match=rf"has no revision '{second}' of {REPO}; it has: v1, {first}"):
         medmim.from_pretrained(REPO, revision=second)
 
 
