@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from medmim.export import export_model
     from medmim.factory import create_decoder, create_model, from_pretrained, save_pretrained
     from medmim.inference import embed
+    from medmim.publish import push_to_hub
     from medmim.registry import is_model, list_models, list_pretrained, model_info, register_model
     from medmim.spec import ModelSpec, VolumeSpec, WeightsSpec
     from medmim.timm_models import register_with_timm
@@ -41,6 +42,7 @@ _MODULE_OF = {
     "list_pretrained": "registry",
     "load_volume": "volumes",
     "model_info": "registry",
+    "push_to_hub": "publish",
     "register_model": "registry",
     "register_with_timm": "timm_models",
     "save_pretrained": "factory",

@@ -174,6 +174,9 @@ def _picture(weights: WeightsSpec, picture: str | None) -> str:
 
 
 def _use(spec: ModelSpec) -> str:
+    # Who reads the card of weights that no catalog has finds them by their repository alone.
+    is_known = registry.is_model(spec.name) or spec.weights.repo is None
+    name = spec.name if is_known else f"hf-hub:{spec.weights.repo}"
     what = "scores of the classes" if spec.args.get("num_classes") else "one vector"
     advice = "It is meant to be fine-tuned"
     if _hides(spec.weights):
@@ -183,7 +186,7 @@ def _use(spec: ModelSpec) -> str:
 ```python
 import medmim
 
-model = medmim.create_model("{spec.name}", pretrained=True)
+model = medmim.create_model("{name}", pretrained=True)
 transform = medmim.create_transform(model)  # the preprocessing below
 features = model(transform("scan.nii.gz")[None])  # {what}
 ```

@@ -1,4 +1,4 @@
-"""`medmim`: list models, say what they are, embed and reconstruct scans."""
+"""`medmim`: list models, say what they are, embed and reconstruct scans, publish, copy and verify weights."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from medmim import pushing
 from medmim.command import Terminal, report, run
-from medmim.errors import ScanError, UnknownModelError, printable
+from medmim.errors import MedmimError, ScanError, UnknownModelError, WeightsError, printable
 
 if TYPE_CHECKING:
     from medmim.spec import WeightsSpec
@@ -126,6 +128,7 @@ def embed(
     output: Annotated[Path, typer.Option("-o", "--output", help="Safetensors file to write.")],
     model: ModelOption = DEFAULT_MODEL,
     modality: ModalityOption = None,
+    hub: pushing.HubOption = None,
 ) -> None:
     """Writes the dense features and one pooled vector of each scan.
 
@@ -162,6 +165,7 @@ def reconstruct(
     ratio: Annotated[float, typer.Option(min=0.05, max=0.95, help="Share of the patches to hide.")] = 0.75,
     seed: Annotated[int, typer.Option(help="Decides which patches are hidden.")] = 0,
     modality: ModalityOption = None,
+    hub: pushing.HubOption = None,
 ) -> None:
     """Hides patches of a scan, predicts them, and draws scan, visible part, reconstruction and error.
 
@@ -243,6 +247,7 @@ def cards(
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("medmim-demo"),
     model: ModelOption = DEFAULT_MODEL,
+    hub: pushing.HubOption = None,
 ) -> None:
     """Reconstructs and embeds the sample scans: all that medmim does, in less than a minute.
 
@@ -258,6 +263,109 @@ def demo(
     console.print(table)
     _say("Numbers: mean squared error over the hidden 75 %, divided by their variance; 0 is perfect.")
     _say(f"Features: {result.features}")
+
+
+@app.command()
+def push(
+    source: Annotated[str, typer.Argument(help="A model folder, or a name of `medmim list --pretrained`.")],
+    repo: Annotated[str, typer.Argument(help="ORG/NAME.")],
+    card: pushing.CardOption = None,
+    replace_card: pushing.ReplaceCardOption = False,
+    private: pushing.PrivateOption = False,
+    tag: pushing.TagOption = None,
+    revision: pushing.RevisionOption = "main",
+    pull_request: pushing.PullRequestOption = False,
+    message: pushing.MessageOption = None,
+    token: pushing.TokenOption = None,
+    endpoint: pushing.EndpointOption = None,
+    hub: pushing.HubOption = None,
+    dry_run: pushing.DryRunOption = False,
+) -> None:
+    """Publishes a model folder as one commit: to the Hugging Face Hub, a mirror of it, or a local hub.
+
+    Says first what is uploaded and how large it is; then the commit, and the entry for a catalog.
+
+    Example: `medmim push my-model org/name --private --dry-run`
+    """
+    pushing.push(
+        f"local-dir:{source}" if Path(source).is_dir() else source,
+        repo,
+        card=card,
+        message=message,
+        dry_run=dry_run,
+        replace_card=replace_card,
+        private=private,
+        tag=tag,
+        revision=revision,
+        create_pr=pull_request,
+        token=token,
+        endpoint=endpoint,
+    )
+
+
+@app.command()
+def mirror(
+    names: Annotated[
+        list[str], typer.Argument(help="Names of `medmim list --pretrained`, with wildcards, or hf-hub:ORG/NAME[@REV].")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the local hub; made when there is none.")],
+    hub: pushing.HubOption = None,
+) -> None:
+    """Copies weights, with all that was published beside them and the digests, into a folder for a site without a hub.
+
+    There, `MEDMIM_HUB=FOLDER` or `--hub FOLDER` makes the same names load from it.
+
+    Example: `medmim mirror "vit_*" hf-hub:org/name -o /media/stick/hub`
+    """
+    from medmim.mirror import mirror as copy
+    from medmim.registry import list_pretrained
+
+    failed = False
+    for name in dict.fromkeys(full for pattern in names for full in list_pretrained(pattern) or [pattern]):
+        try:
+            with _progress(name) as progress:
+                version = copy(name, output, progress=progress)
+            _say(f"{version.repo}@{version.name}: {version.folder}")
+        except MedmimError as error:
+            report(error)
+            failed = True
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names, hf-hub:ORG/NAME[@REV], model folders, local hubs; default all that is installed."),
+    ] = None,
+    hub: pushing.HubOption = None,
+) -> None:
+    """Hashes every file of weights and compares what the model computes with what it did when it was published.
+
+    Prints a line for each; the exit code is 1 when something is not as published.
+
+    Example: `medmim verify vit_t_mae3d /data/hub`
+    """
+    from medmim.verify import installed, models_in
+    from medmim.verify import verify as check
+
+    checks, faults = 0, 0
+    names = [models_in(source) if Path(source).is_dir() else [source] for source in sources or installed()]
+    for name in chain.from_iterable(names):
+        try:
+            for found in check(name):
+                checks += 1
+                faults += found.fault is not None
+                _say(f"{name}: {found.item}: {found.fault or 'ok'}")
+        except MedmimError as error:
+            report(error)
+            checks, faults = checks + 1, faults + 1
+    if faults:
+        raise WeightsError(
+            f"{faults} of {checks} are not as published; copy a damaged file again, or delete it from the cache of the "
+            "Hub to have it fetched again"
+        )
 
 
 def _table(*columns: str) -> Table:

@@ -81,7 +81,7 @@ def create_model(
         WeightsError: For weights that do not exist, cannot be fetched, are damaged or do not fit.
     """
     access = hub.HubAccess(token, cache_dir, endpoint, local_files_only)
-    stored, place = _resolve(name, revision, access, needs_weights=pretrained and checkpoint_path is None)
+    stored, place = resolve(name, revision, access, needs_weights=pretrained and checkpoint_path is None)
     family = registry.find_family(stored.family, needed_by=name)
     _check_stored(family.cls, stored.args, f"config.json of {name}" if place else name)
     _check_keywords(family.cls, kwargs, name)
@@ -301,10 +301,17 @@ def _record_to_save(
 # --- names and arguments ----------------------------------------------------------------------------------------------
 
 
-def _resolve(
+def resolve(
     name: str, revision: str | None, access: hub.HubAccess, *, needs_weights: bool
 ) -> tuple[ModelSpec, hub.Place | None]:
-    """The model that a name means, and the place of its weights (None for the catalog unless they are needed)."""
+    """The model that a name of `create_model` means, and where its weights are.
+
+    Args:
+        name: See `create_model`, as its errors.
+        revision: See `create_model`.
+        access: How to reach the Hub.
+        needs_weights: Whether a name of the catalog without weights is an error; otherwise its place is None.
+    """
     kind, separator, rest = name.partition(":")
     if separator and kind == "local-dir":
         return hub.read_model(hub.Folder(Path(rest).expanduser()))

@@ -33,6 +33,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
 
 
+# A file to be copied or sent: where it is, or what is in it.
+Content = Path | bytes
+
+
+def size_of(content: Content) -> int:
+    """Bytes of a file, or of what is to be one."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

@@ -7,6 +7,7 @@ still computes what it did. The input is a formula, so that it need not be store
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -48,3 +49,15 @@ def golden_outputs(model: nn.Module, decoder: nn.Module | None = None) -> dict[s
         idx_keep, idx_hidden = everything[:, ::4], everything[everything % 4 != 0][None, :TOKENS]
         outputs["hidden_patches"] = decoder(model.forward_visible(x, idx_keep), idx_keep, idx_hidden)[0]
     return {name: tensor.float().cpu().contiguous() for name, tensor in outputs.items()}
+
+
+def difference(outputs: Mapping[str, Tensor], golden: Mapping[str, Tensor]) -> str | None:
+    """How outputs differ from golden ones by more than another machine's rounding, in words; None when they do not."""
+    if outputs.keys() != golden.keys():
+        return f"the model gives {', '.join(sorted(outputs))}, the file has {', '.join(sorted(golden))}"
+    for name, tensor in outputs.items():
+        if tensor.shape != golden[name].shape:
+            return f"{name} has shape {tuple(tensor.shape)}, was {tuple(golden[name].shape)}"
+        if not torch.allclose(tensor, golden[name], rtol=1e-3, atol=1e-4):
+            return f"{name} is off by up to {(tensor - golden[name]).abs().max():.3g}"
+    return None

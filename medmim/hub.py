@@ -3,7 +3,7 @@
 A model folder holds `config.json` (a ModelSpec), safetensors files and what goes with them. It is a folder on this
 disk or a repository of the Hugging Face Hub; for weights of the catalog the order is `medmim/weights/NAME/`, which
 ships with the source, then the Hub's cache, then the Hub. `MEDMIM_HUB` replaces the Hub's namespace by another one
-("hospital"), or the Hub by a local folder ("/data/hub", "./hub") that has `org/name/` inside.
+("hospital"), or the Hub by a local folder ("/data/hub", "./hub"), see `medmim.localhub`.
 
 Every file with a known sha256 is hashed: files on this disk at each load, those of a repository once (`medmim.remote`).
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,12 +20,15 @@ from pathlib import Path
 from medmim.errors import SpecError, WeightsError
 from medmim.files import atomic_write, fault_of, sha256_of
 from medmim.limits import CONFIG_BYTES, read_json
+from medmim.localhub import REPOSITORY, LocalHub, Version
 from medmim.remote import COMMIT, HubAccess, Repository
 from medmim.spec import INSIDE, FileSpec, ModelSpec, WeightsSpec
 
 PACKAGED = Path(__file__).parent / "weights"
 CONFIG, ENCODER = "config.json", "model.safetensors"
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NAMESPACE = "medmim"  # on the Hub, of weights of the catalog that name no repository
+# Files of a model folder that a loader does not need.
+COMPANIONS = ("README.md", "LICENSE", "data.csv", "recipe.yaml", "reconstruction.png")
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
@@ -88,6 +90,24 @@ class Installed(Folder):
         return Path(self.path.resolve().anchor)
 
 
+@dataclass(frozen=True)
+class LocalVersion(Folder):
+    """A model folder in a local hub, none of whose files may lie outside of it.
+
+    Attributes:
+        hub: The hub's folder.
+        repo: "org/name".
+        revision: The version, 40 hexadecimal digits; None for a folder that was copied there by hand.
+    """
+
+    hub: Path
+    repo: str
+    revision: str | None
+
+    def _bounds(self) -> Path:
+        return self.hub.resolve()
+
+
 Place = Folder | Repository
 
 
@@ -105,10 +125,10 @@ def place_of_weights(name: str, weights: WeightsSpec, access: HubAccess) -> Plac
     packaged = Installed(PACKAGED / name)
     if all(packaged.find(file.name) for file in weights.encoder):
         return packaged
+    if (hub := local_hub()) is not None:
+        return _in_local_hub(hub, hub.find_pinned(repository_of(name, weights), weights.revision))
     if weights.repo is None:
         raise WeightsError(f"{name} is not in {PACKAGED} and was never published; install medmim from its source")
-    if (hub := _local_hub()) is not None:
-        return _in_local_hub(hub, weights.repo)
     namespace = os.environ.get("MEDMIM_HUB")
     if namespace:
         # The copy has other commits; the digests see to it that it has the same files.
@@ -120,28 +140,29 @@ def place_of_repository(repo: str, revision: str | None, access: HubAccess) -> P
     """Where the files of a repository that the caller named are: the Hub, or the folder that replaces it.
 
     Raises:
-        WeightsError: For a name that is not "org/name", or a local hub that lacks it or is asked for a revision.
+        WeightsError: For a name that is not "org/name", or one that a local hub lacks.
     """
     if not REPOSITORY.fullmatch(repo):
         raise WeightsError(f"{repo!r} is not the name of a repository; it is written org/name, or org/name@revision")
-    if (hub := _local_hub()) is None:
+    if (hub := local_hub()) is None:
         return Repository(repo, revision or "main", access)
-    if revision is not None:
-        raise WeightsError(f"MEDMIM_HUB={hub} holds one version of each model; leave out the revision {revision!r}")
-    return _in_local_hub(hub, repo)
+    return _in_local_hub(hub, hub.find(repo, revision))
 
 
-def _local_hub() -> Path | None:
+def repository_of(name: str, weights: WeightsSpec) -> str:
+    """Where weights of the catalog are published, or would be."""
+    return weights.repo or f"{NAMESPACE}/{name}"
+
+
+def local_hub() -> LocalHub | None:
+    """The folder that replaces the Hub, when `MEDMIM_HUB` names one."""
     value = os.environ.get("MEDMIM_HUB", "")
     is_path = value.startswith((".", "~")) or "/" in value or "\\" in value
-    return Path(value).expanduser() if is_path else None
+    return LocalHub(value) if is_path else None
 
 
-def _in_local_hub(hub: Path, repo: str) -> Folder:
-    folder = Folder(hub / repo)
-    if not folder.path.is_dir():
-        raise WeightsError(f"MEDMIM_HUB={hub} has no folder {repo}; copy the model there, or unset MEDMIM_HUB")
-    return folder
+def _in_local_hub(hub: LocalHub, version: Version) -> LocalVersion:
+    return LocalVersion(version.folder, hub.root, version.repo, version.name)
 
 
 # --- model folders ----------------------------------------------------------------------------------------------------
@@ -163,13 +184,20 @@ def read_model(place: Place) -> tuple[ModelSpec, Place]:
     if path is None:
         raise WeightsError(f"{place}: not a model folder, it has no {CONFIG} (medmim.save_pretrained writes one)")
     spec = ModelSpec.parse(read_json(path, CONFIG_BYTES, error=WeightsError), source=str(path))
-    if isinstance(place, Repository):
-        commit = path.parent.name
-        place = replace(place, revision=commit if COMMIT.fullmatch(commit) else place.revision)
-        if spec.weights is not None:
-            published = {"repo": place.repo, "revision": commit if COMMIT.fullmatch(commit) else None}
-            spec = spec.model_copy(update={"weights": spec.weights.model_copy(update=published)})
+    if isinstance(place, Repository) and COMMIT.fullmatch(path.parent.name):
+        place = replace(place, revision=path.parent.name)
+    if isinstance(place, Repository | LocalVersion):
+        spec = as_published(spec, place.repo, place.revision)
     return spec, place
+
+
+def as_published(spec: ModelSpec, repo: str, revision: str | None) -> ModelSpec:
+    """The spec with the repository and, if it is one, the commit that its weights are in."""
+    if spec.weights is None:
+        return spec
+    commit = revision if revision and COMMIT.fullmatch(revision) else None
+    weights = spec.weights.model_copy(update={"repo": repo, "revision": commit})
+    return spec.model_copy(update={"weights": weights})
 
 
 def fetch_encoder(place: Place, weights: WeightsSpec | None) -> Iterable[Path]:
@@ -198,6 +226,20 @@ def fetch_encoder(place: Place, weights: WeightsSpec | None) -> Iterable[Path]:
     if None in shards:
         raise WeightsError(f"{index}: not all of its shards are there; fetch or save the model again")
     return shards
+
+
+def fetch_all(place: Place, spec: ModelSpec) -> dict[str, Path]:
+    """Every file of a model that medmim knows of, by its name in the model folder; those with a digest are checked.
+
+    Raises:
+        WeightsError: When a file that the model needs is missing, damaged or cannot be fetched.
+    """
+    if spec.weights is not None:
+        files = {file.name: place.fetch(file) for file in spec.weights.files}
+    else:
+        files = {path.name: path for path in fetch_encoder(place, None)}
+    others = ((name, place.find(name)) for name in (CONFIG, f"{ENCODER}.index.json", *COMPANIONS))
+    return files | {name: path for name, path in others if path is not None}
 
 
 def write_config(folder: Path, spec: ModelSpec) -> None:

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -13,13 +15,13 @@ import torch
 from safetensors import safe_open
 
 import medmim
-from medmim import cli, factory, reconstruction
+from medmim import cli, factory, hub, reconstruction
 from medmim.heads.mae import MAEDecoder
 from medmim.samples import sample_scans
 from synthetic import write_scan
 from test_volumes import BROKEN, truncated_mha
 
-COMMANDS = ("list", "info", "embed", "reconstruct", "export", "cards", "demo")
+COMMANDS = ("list", "info", "embed", "reconstruct", "export", "cards", "demo", "push", "mirror", "verify")
 PNG = b"\x89PNG"
 DECODER = {"embed_dim": 24, "depth": 1, "num_heads": 2}
 WEIGHTS = {
@@ -231,6 +233,106 @@ def test_embed_of_broken_scans_alone_writes_nothing(call, model, tmp_path):
     code, out, _ = call("embed", tmp_path / "empty.nii.gz", "-o", tmp_path / "features.safetensors", "-m", model)
     assert (code, out) == (1, "")
     assert names(tmp_path) == ["empty.nii.gz"]
+
+
+# --- push, mirror, verify ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+    """Where a local hub may be made; that --hub sets MEDMIM_HUB is undone after the test."""
+    monkeypatch.setenv("MEDMIM_HUB", "")
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def card(tmp_path):
+    (tmp_path / "card.md").write_text("# A card")
+    return tmp_path / "card.md"
+
+
+def test_push_says_what_goes_where_before_and_the_commit_after(call, model, hub_folder, card):
+    source = model.removeprefix("local-dir:")
+    arguments = ["push", source, "org/name", "--hub", hub_folder, "--card", card, "--tag", "v1"]
+    code, planned, err = call(*arguments, "--dry-run")
+    assert (code, err) == (0, "")
+    files = {path.name: path.stat().st_size for path in Path(source).iterdir()} | {"README.md": 8}
+    for name, size in {**files, "in all": sum(files.values())}.items():
+        assert re.search(rf"^{name} +{size:,} bytes *$", planned, re.MULTILINE)
+    assert f"to org/name at the local hub {hub_folder}, a new repository" in planned
+    assert planned.endswith("nothing was sent\n")
+    assert not hub_folder.exists()
+
+    code, out, err = call(*arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith(planned.removesuffix("nothing was sent\n"))
+    (version,) = (hub_folder / "org/name/snapshots").iterdir()
+    assert f"published: {version}" in out
+    assert f'create_model("hf-hub:org/name@{version.name}", pretrained=True)' in out
+    (entry,) = tomllib.loads(out.partition("for the catalog:")[2])["models"]["vit_t_mae3d"]["weights"]
+    assert (entry["repo"], entry["revision"]) == ("org/name", version.name)
+
+    _, out, _ = call("push", f"hf-hub:org/name@{version.name}", "org/name", "--hub", hub_folder, "--dry-run")
+    assert f"now at {version.name}" in out
+    assert "stays as it is there: README.md" in out
+
+
+def test_push_of_what_nobody_should_publish(call, tmp_path, hub_folder):
+    factory.save_pretrained(medmim.create_model("vit_t_mae3d", embed_dim=24, depth=1), tmp_path / "model")
+    code, out, err = call("push", tmp_path / "model", "org/name", "--hub", hub_folder)
+    assert (code, out) == (1, "")
+    assert "weights.license and weights.volume missing" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_push_to_a_server_that_is_down(call, model, card, hub_folder):
+    arguments = ["--card", card, "--endpoint", "http://127.0.0.1:9"]
+    code, out, err = call("push", model, "org/name", *arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("medmim: error: publishing org/name on http://127.0.0.1:9 failed: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_mirror_reports_what_is_not_there_and_goes_on(call, model, hub_folder, tmp_path, card):
+    call("push", model, "org/name", "--hub", hub_folder, "--card", card)
+    code, out, err = call("mirror", "vit_x", "hf-hub:org/other", "hf-hub:org/name", "-o", tmp_path / "copy")
+    assert code == 1
+    assert [line.partition(": ")[2].split(";")[0] for line in err.splitlines()] == [
+        "error: there is no model 'vit_x'",
+        f"error: the local hub {hub_folder} has no model org/other",
+    ]
+    (version,) = (tmp_path / "copy/org/name/snapshots").iterdir()
+    assert out == f"org/name@{version.name}: {version}\n"
+
+
+def test_verify_has_a_line_for_each_and_an_exit_code(call, model, hub_folder, tmp_path, card):
+    call("push", model, "org/name", "--hub", hub_folder, "--card", card)
+    code, out, err = call("verify", hub_folder)
+    assert (code, err) == (0, "")
+    (version,) = (hub_folder / "org/name/snapshots").iterdir()
+    files = [path for path in names(version) if path != "SHA256SUMS"]
+    assert sorted(out.splitlines()) == [f"local-dir:{version}: {name}: ok" for name in files]
+    (version / "README.md").write_text("# Another")
+    code, out, err = call("verify", f"hf-hub:org/name@{version.name}", tmp_path / "nothing")
+    assert code == 1
+    assert sum(line.endswith(": ok") for line in out.splitlines()) == len(files) - 1
+    assert f"hf-hub:org/name@{version.name}: README.md: its sha256 is" in out
+    assert err.splitlines()[-1].startswith(f"medmim: error: 2 of {len(files) + 1} are not as published")
+
+
+def test_verify_of_the_weights_that_ship(call, hub_folder):
+    code, out, err = call("verify")
+    assert (code, err) == (0, "")
+    for name in medmim.list_pretrained():
+        if (hub.PACKAGED / name).is_dir():
+            assert f"{name}: golden outputs: ok" in out
+
+
+def test_a_hub_is_used_wherever_a_model_is(call, model, hub_folder, tmp_path, card):
+    call("push", model, "org/name", "--hub", hub_folder, "--card", card)
+    os.environ["MEDMIM_HUB"] = ""
+    arguments = [scan_file(tmp_path), "-o", tmp_path / "features.safetensors", "-m", "hf-hub:org/name"]
+    assert call("embed", *arguments, "--hub", hub_folder)[0] == 0
 
 
 # --- how it ends ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`medmim-train`: prepare scans, pretrain, package weights."""
+"""`medmim-train`: prepare scans, pretrain, package and publish weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from medmim import pushing
 from medmim.command import Terminal, run
 from medmim.errors import ScanError, SpecError, printable
 
 if TYPE_CHECKING:
+    from medmim.spec import ModelSpec
     from medmim_training.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
@@ -154,6 +156,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Filter on a column of the CSV: column=pattern,... or column!=pattern,...")
     ] = None,
     ratio: Annotated[float, typer.Option(help="Share of the patches to hide.")] = 0.75,
+    hub: pushing.HubOption = None,
 ) -> None:
     """Measures how well hidden voxels are reconstructed, beside fills that need no network.
 
@@ -185,30 +188,98 @@ def evaluate(
             path.write_text(json.dumps([result.to_data() for result in results], indent=1) + "\n", encoding="utf-8")
 
 
+RunArgument = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+DataOption = Annotated[Path, typer.Option(help="Store that the run was trained on.")]
+TagOption = Annotated[str, typer.Option(help="Names the training data: [a-z0-9_]+.")]
+LicenseOption = Annotated[str, typer.Option(help="SPDX identifier, the strictest of the training data.")]
+CitationOption = Annotated[Path, typer.Option(help="BibTeX file.")]
+EvidenceOption = Annotated[Path | None, typer.Option(help="Results of `medmim-train evaluate` for the card.")]
+
+
 @app.command()
 def package(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    run: RunArgument,
     out: Annotated[Path, typer.Option("-o", "--out", help="Model folder to write.")] = ...,
-    data: Annotated[Path, typer.Option(help="Store that the run was trained on.")] = ...,
-    tag: Annotated[str, typer.Option(help="Names the training data: [a-z0-9_]+.")] = ...,
-    license: Annotated[str, typer.Option(help="SPDX identifier, the strictest of the training data.")] = ...,
-    citation: Annotated[Path, typer.Option(help="BibTeX file.")] = ...,
-    evidence: Annotated[Path | None, typer.Option(help="Results of `medmim-train evaluate` for the card.")] = None,
+    data: DataOption = ...,
+    tag: TagOption = ...,
+    license: LicenseOption = ...,
+    citation: CitationOption = ...,
+    evidence: EvidenceOption = None,
 ) -> None:
     """Makes a model folder from a finished run: weights, config, golden outputs, data list, card, catalog entry.
 
     Example: `medmim-train package runs/vit_t -o vit_t --data store --tag ours --license CC-BY-4.0 --citation us.bib`
     """
+    from medmim_training.publish import ENTRY_FILE
+
+    spec = _package(run, out, data, tag, license, citation, evidence)
+    console.print(f"{spec.name}: {out}")
+    console.print(f'try it: medmim.create_model("local-dir:{out}", pretrained=True); catalog entry: {out / ENTRY_FILE}')
+
+
+@app.command()
+def publish(
+    run: RunArgument,
+    repo: Annotated[str, typer.Argument(help="ORG/NAME.")],
+    data: DataOption = ...,
+    tag: TagOption = ...,
+    license: LicenseOption = ...,
+    citation: CitationOption = ...,
+    evidence: EvidenceOption = None,
+    card: pushing.CardOption = None,
+    replace_card: pushing.ReplaceCardOption = False,
+    private: pushing.PrivateOption = False,
+    version: Annotated[str | None, typer.Option(help="A name for this version, a tag of the repository.")] = None,
+    revision: pushing.RevisionOption = "main",
+    pull_request: pushing.PullRequestOption = False,
+    message: pushing.MessageOption = None,
+    token: pushing.TokenOption = None,
+    endpoint: pushing.EndpointOption = None,
+    hub: pushing.HubOption = None,
+    dry_run: pushing.DryRunOption = False,
+) -> None:
+    """Publishes a finished run as one commit: what `package` makes, and the recipe.
+
+    The data list names the file of every scan: see with --dry-run what goes, and that the names say nothing they
+    should not.
+
+    Example: `medmim-train publish runs/vit_t org/vit_t --data store --tag ours --license CC-BY-4.0 --citation us.bib`
+    """
+    import tempfile
+
+    from medmim_training.publish import CARD_FILE
+
+    with tempfile.TemporaryDirectory(prefix="medmim-publish-") as folder:
+        _package(run, Path(folder), data, tag, license, citation, evidence)
+        (Path(folder) / CARD_FILE).unlink()  # it is made again, with the name of the repository
+        pushing.push(
+            f"local-dir:{folder}",
+            repo,
+            card=card,
+            message=message,
+            dry_run=dry_run,
+            replace_card=replace_card,
+            private=private,
+            tag=version,
+            revision=revision,
+            create_pr=pull_request,
+            token=token,
+            endpoint=endpoint,
+        )
+
+
+def _package(
+    run: Path, out: Path, data: Path, tag: str, license: str, citation: Path, evidence: Path | None
+) -> ModelSpec:
     from medmim.limits import CONFIG_BYTES, read_json, read_text
     from medmim.spec import Evidence
-    from medmim_training.publish import ENTRY_FILE
     from medmim_training.publish import package as make_folder
     from medmim_training.store.index import Store
 
     results = read_json(evidence, CONFIG_BYTES) if evidence else []
     if not isinstance(results, list):
         raise SpecError(f"{evidence}: must be the list of results that `medmim-train evaluate` writes")
-    spec = make_folder(
+    return make_folder(
         run,
         out,
         store=Store(data),
@@ -217,8 +288,6 @@ def package(
         citation=read_text(citation, CONFIG_BYTES),
         evidence=tuple(Evidence.parse(result, source=str(evidence)) for result in results),
     )
-    console.print(f"{spec.name}: {out}")
-    console.print(f'try it: medmim.create_model("local-dir:{out}", pretrained=True); catalog entry: {out / ENTRY_FILE}')
 
 
 def _progress() -> Progress:

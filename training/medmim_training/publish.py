@@ -5,18 +5,15 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import tomli_w
 import torch
-from safetensors.torch import save_file
 
-from medmim import hub
 from medmim.cards import PICTURE_FILE, card_scan, render_card
 from medmim.errors import SpecError, WeightsError
-from medmim.factory import create_decoder, from_pretrained, save_pretrained
+from medmim.factory import create_decoder, from_pretrained
 from medmim.files import atomic_write
-from medmim.golden import GOLDEN_FILE, golden_outputs
 from medmim.limits import CONFIG_BYTES, read_json
 from medmim.pictures import reconstruction_picture
+from medmim.publish import catalog_entry, save_with_golden
 from medmim.reconstruction import reconstruct_scan
 from medmim.spec import Evidence, ModelSpec, TrainingRecord
 from medmim_training.checkpoint import load_latest
@@ -67,20 +64,15 @@ def package(
         method.load_state_dict(checkpoint.get("average") or checkpoint["method"])
     except RuntimeError as error:
         raise WeightsError(f"{run}: its checkpoint does not fit its recipe ({error})") from None
-    encoder = method.encoder.eval()
-    decoder = method.decoder.eval() if method.decoder_spec is not None else None
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Golden outputs are those of the published numbers, computed in float32 as a model from `create_model` does.
-    for parameter in method.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16).float()
-    with atomic_write(folder / GOLDEN_FILE) as path:
-        save_file(golden_outputs(encoder, decoder), path)
     _write_data_list(folder / DATA_FILE, store)
-    spec = save_pretrained(
-        encoder.to(torch.bfloat16),
+    with atomic_write(folder / RECIPE_FILE) as path:
+        path.write_bytes((run / RECIPE_FILE).read_bytes())
+    spec = save_with_golden(
+        method.encoder.to(torch.bfloat16),
         folder,
-        decoder=decoder.to(torch.bfloat16) if decoder is not None else None,
+        decoder=method.decoder.to(torch.bfloat16) if method.decoder_spec is not None else None,
         weights={
             "tag": tag,
             "license": license,
@@ -88,7 +80,6 @@ def package(
             "volume": recipe.volume.to_data(),
             "training": training.to_data(),
             "decoder_spec": method.decoder_spec,
-            "golden": hub.describe_file(folder, GOLDEN_FILE).to_data(),
             "evidence": [each.to_data() for each in evidence],
         },
     )
@@ -125,11 +116,6 @@ def write_picture(folder: str | Path) -> bool:
         result, Path(folder) / PICTURE_FILE, spacing=spacing, orientation=orientation, title=scan.name
     )
     return True
-
-
-def catalog_entry(spec: ModelSpec) -> str:
-    """The TOML to paste into the family's file in `medmim/catalog`."""
-    return tomli_w.dumps({"models": {spec.architecture: {"weights": [spec.weights.to_data()]}}})
 
 
 def _write_data_list(path: Path, store: Store) -> None:

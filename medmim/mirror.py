@@ -1,0 +1,51 @@
+"""Chosen models, copied with their digests into a local hub: for a site that has no way to the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from medmim import hub
+from medmim.errors import WeightsError
+from medmim.factory import resolve
+from medmim.localhub import MAIN, REVISION, LocalHub, Version
+
+
+def mirror(
+    name: str,
+    folder: str | Path,
+    *,
+    access: hub.HubAccess | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Version:
+    """Copies a model with all that was published beside it; every file that has a digest is checked on the way.
+
+    There it has the commit that it has on the Hub, so that whatever names it here finds it there.
+
+    Args:
+        name: "architecture[.tag]" of the catalog or "hf-hub:org/name[@revision]".
+        folder: The local hub; made when there is none.
+        access: How to reach the Hub.
+        progress: Called with bytes copied and bytes in all.
+
+    Raises:
+        UnknownModelError: For a name that does not exist.
+        WeightsError: When files are missing, damaged, or cannot be fetched or written.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "local-dir":
+        raise WeightsError(
+            f"{name} belongs to no repository; `medmim push {rest} ORG/NAME --hub {folder}` gives it one"
+        )
+    spec, place = resolve(name, None, access or hub.HubAccess(), needs_weights=True)
+    branches = [MAIN]
+    if kind == "hf-hub":
+        repo, commit = place.repo, place.revision
+        revision = rest.partition("@")[2]
+        branches += [revision] if revision not in (MAIN, commit) and REVISION.fullmatch(revision) else []
+    else:
+        repo, commit = hub.repository_of(spec.name, spec.weights), spec.weights.revision
+    version = commit if commit and hub.COMMIT.fullmatch(commit) else None
+    local = LocalHub(folder)
+    version = local.publish(repo, hub.fetch_all(place, spec), version=version, branches=branches, progress=progress)
+    return local.find(repo, version)
