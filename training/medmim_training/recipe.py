@@ -62,19 +62,30 @@ class OptimizerSection(Section):
     Attributes:
         name: Of timm's (`timm.optim.list_optimizers`).
         lr: Peak rate.
+        betas: For optimizers of the Adam kind.
+        momentum: For those of the SGD kind, with Nesterov's look ahead for "sgd".
         clip_grad: Norm that gradients are scaled down to.
+        layer_decay: The rate of each layer of the encoder is that of the layer after it times this; None for one rate.
     """
 
     name: str = "adamw"
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = Field(0.9, ge=0, lt=1)
     clip_grad: float = Field(1.0, gt=0)
+    layer_decay: float | None = Field(None, gt=0, le=1)
 
 
 class ScheduleSection(Section):
-    """Linear warm-up from 0, then a half cosine to `min_lr`; counted in optimizer steps."""
+    """Linear warm-up from 0, then down to `min_lr`; counted in optimizer steps.
 
+    Attributes:
+        kind: How it goes down: "cosine", half of one; "poly", the share of steps left to the power 0.9, as nnU-Net.
+        min_lr: Where it ends; the optimizer's `lr` keeps the rate constant.
+    """
+
+    kind: Literal["cosine", "poly"] = "cosine"
     steps: Positive
     warmup: int = Field(0, ge=0)
     min_lr: float = Field(0.0, ge=0)
@@ -103,7 +114,7 @@ class Recipe(Section):
         accumulate: Parts that a step's batch is computed in, one after the other; changes memory, not the result.
         ema: Decay of an exponential moving average of the weights, which is then what gets published; None for none.
         precision: Of the arithmetic, under autocast; weights are float32. "auto" is bf16 where the hardware has it.
-        compile: Compiles the encoder's blocks; worth its minutes on a GPU.
+        compile: Compiles the parts that the encoder repeats, its blocks; worth its minutes on a GPU.
     """
 
     name: str
