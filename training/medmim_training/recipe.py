@@ -65,7 +65,8 @@ class OptimizerSection(Section):
         betas: For optimizers of the Adam kind.
         momentum: For those of the SGD kind, with Nesterov's look ahead for "sgd".
         clip_grad: Norm that gradients are scaled down to.
-        layer_decay: The rate of each layer of the encoder is that of the layer after it times this; None for one rate.
+        layer_decay: The rate of each block of the encoder is that of the block after it times this, its last block's
+            being the full one; None for one rate.
     """
 
     name: str = "adamw"
