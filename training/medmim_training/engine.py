@@ -16,11 +16,11 @@ from pathlib import Path
 from threading import Event
 
 import torch
-from accelerate import Accelerator, DistributedType
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from accelerate import Accelerator, DistributedType
 from medmim.errors import MedmimError, SpecError
 from medmim.factory import create_model
 from medmim.files import atomic_write
@@ -247,6 +247,7 @@ class _Run:
             views=self.method.views,
             crops_per_volume=self.recipe.data.crops_per_volume,
             foreground_power=self.recipe.data.foreground_power,
+            foreground_share=self.recipe.data.foreground_share,
             mirror_axes=self.recipe.data.mirror_axes,
         )
         first = self.start * self.recipe.batch_size + self.accelerator.process_index

@@ -9,7 +9,6 @@ import math
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -58,10 +57,9 @@ def make_plan(recipe: Recipe, *, processes: int = 1) -> Plan:
     with torch.device("meta"):
         method = build_method(recipe)
     encoder = method.encoder
-    views = len(method.views.starts(encoder.img_size, encoder.img_size, np.random.default_rng(0)))
     with FakeTensorMode(allow_non_fake_inputs=True):  # which the meta tensors are
         method.to_empty(device="cpu")
-        x = torch.empty(SAMPLES, views, encoder.in_chans, *encoder.img_size)
+        x = torch.empty(SAMPLES, method.views.count, encoder.in_chans, *encoder.img_size)
         flops, saved = _count(method, {"x": x}, recipe)
     per_process = math.ceil(recipe.batch_size / recipe.accumulate / processes)
     parameters = sum(parameter.numel() for parameter in method.parameters())

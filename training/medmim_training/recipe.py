@@ -46,12 +46,15 @@ class DataSection(Section):
         crops_per_volume: Crops taken from a volume once it is opened.
         foreground_power: A volume is drawn in proportion to its foreground voxels, at most a crop's, to this power: 1
             shows every voxel about as often, 0 every volume.
+        foreground_share: Share of the crops that are around a place with foreground; all others are anywhere in the
+            volume, of which much may be air.
         mirror_axes: Axes (0, 1, 2 for D, H, W) along which every other crop is mirrored; axis 0 of RAS is left-right.
         workers: Processes that read ahead; 0 reads in the training process.
     """
 
     crops_per_volume: Positive = 1
     foreground_power: float = Field(1.0, ge=0, le=1)
+    foreground_share: float = Field(0.0, ge=0, le=1)
     mirror_axes: tuple[Literal[0, 1, 2], ...] = ()
     workers: int = Field(1, ge=0)
 
