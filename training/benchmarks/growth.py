@@ -1,0 +1,89 @@
+"""How a step of MAE3D grows with the crop and the batch: seconds, activations, tokens a second.
+
+    python training/benchmarks/growth.py --seconds 120
+
+Sizes whose step would take longer than `--longest` seconds, judged by their arithmetic and the speed so far, are left
+out, and so is what does not fit into `--seconds` in all.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import typer
+from common import RESULTS, median, write_result
+from step import Network, of_medmim
+
+from medmim_training.plan import make_plan
+from medmim_training.precision import resolve_precision
+from medmim_training.recipe import load_recipe
+
+SIDES, BATCHES = (64, 96, 128, 160), (1, 2, 4, 8, 16)
+
+
+def main(
+    width: int = 768,
+    precision: str = "auto",
+    longest: float = 20.0,
+    seconds: float = 120.0,
+    out: Path = RESULTS / "growth.json",
+) -> None:
+    """Measures, and writes the result to OUT."""
+    precision, start, speed = resolve_precision(precision), time.monotonic(), math.inf
+    rows, left_out = [], []
+    for batch in BATCHES:
+        for side in SIDES:
+            network = Network(side=side, width=width, heads=width // 64)
+            plan = make_plan(_recipe(network, batch, precision))
+            flops = plan.flops_per_crop * batch
+            name = f"{batch} x {side} cubed"
+            if (
+                flops / speed > min(longest, seconds - (time.monotonic() - start)) / 2
+            ):  # a step to warm up, one that counts
+                left_out.append(name)
+                continue
+            taken = _seconds_of_step(network, batch, precision)
+            speed = flops / taken
+            tokens = batch * (side // network.patch) ** 3
+            rows.append(
+                {
+                    "batch": batch,
+                    "side": side,
+                    "seconds": taken,
+                    "tokens_per_second": round(tokens / taken),
+                    "gflops": round(speed / 1e9, 1),
+                    "activation_megabytes": plan.activation_bytes >> 20,
+                    "state_megabytes": plan.state_bytes >> 20,
+                }
+            )
+    write_result(out, {"what": f"{Network(width=width)}", "precision": precision, "steps": rows, "left_out": left_out})
+
+
+def _recipe(network: Network, batch: int, precision: str):
+    decoder = (
+        f"{{embed_dim: {network.decoder_width}, depth: {network.decoder_depth}, num_heads: {network.decoder_heads}}}"
+    )
+    args = f"{{img_size: {[network.side] * 3}, embed_dim: {network.width}, num_heads: {network.heads}}}"
+    return load_recipe(
+        "small/vit_b_mae3d",
+        [f"model.args={args}", f"method.args.decoder={decoder}", f"batch_size={batch}", f"precision={precision}"],
+    )
+
+
+def _seconds_of_step(network: Network, batch: int, precision: str) -> float:
+    step = of_medmim(network, batch, precision)
+    step()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+        if sum(times) > 2:
+            break
+    return median(times)
+
+
+if __name__ == "__main__":
+    typer.run(main)
