@@ -17,7 +17,7 @@ def on_the_path(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
 
 
-def test_ratios_are_of_the_same_round(on_the_path):
+def test_ratios_are_of_the_same_round():
     from common import compare
 
     result = compare({"ours": [1.0, 2.0, 4.0], "theirs": [3.0, 6.0, 12.0]}, "ours")
@@ -34,33 +34,19 @@ def test_crops(tmp_path):
     assert result["machine"]["torch"]
 
 
-def test_all_networks_of_the_step_are_the_same(tmp_path):
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")  # MONAI's
+def test_a_step(tmp_path):
     import step
-    import torch
 
     network = step.Network(side=32, width=96, depth=2, heads=2, decoder_width=48, decoder_depth=1, decoder_heads=2)
-    sizes = {}
-    for name, make in step.CANDIDATES.items():
-        optimizers = []
-        with pytest.MonkeyPatch.context() as patch:
-            adamw = torch.optim.AdamW
-
-            def kept(parameters, adamw=adamw, optimizers=optimizers, **args):
-                optimizers.append(adamw(parameters, **args))
-                return optimizers[0]
-
-            patch.setattr(torch.optim, "AdamW", kept)
-            make(network, 2, "fp32")()
-        matrices = [p for group in optimizers[0].param_groups for p in group["params"] if p.ndim > 1 and p.grad is None]
-        sizes[name] = sum(p.numel() for p in matrices if p.numel() > 96)
-    assert sizes["timm"] == sizes["medmim"]
-    assert sizes["monai"] == pytest.approx(sizes["medmim"], rel=0.05)  # it stores its positions and a class token
-
     step.measure(network, batch=2, precision="fp32", rounds=2, memory=False, out=tmp_path / "step.json")
     result = json.loads((tmp_path / "step.json").read_text())
     assert set(result["times_medmim"]) == {"monai", "timm"}
     assert 0 < result["share_of_matrix_product_rate"] < 1
     assert sum(result["time_goes_to"].values()) == pytest.approx(1, abs=0.01)
+    weights = result["million_weights"]
+    assert weights["timm"] == weights["medmim"]
+    assert weights["monai"] == pytest.approx(weights["medmim"], rel=0.02)  # it has a class token
 
 
 def test_curves(finished, tmp_path):

@@ -62,7 +62,8 @@ def main(
 def measure(network: Network, *, batch: int, precision: str, rounds: int, memory: bool, out: Path) -> None:
     """The benchmark, for a network of any size."""
     precision = resolve_precision(precision)
-    steps = {name: make(network, batch, precision) for name, make in CANDIDATES.items()}
+    models = {name: make(network) for name, make in CANDIDATES.items()}
+    steps = {name: make_step(name, *model, network, batch, precision) for name, model in models.items()}
     with FlopCounterMode(display=False) as counter:
         steps["medmim"]()
     flops = counter.get_total_flops()
@@ -77,6 +78,7 @@ def measure(network: Network, *, batch: int, precision: str, rounds: int, memory
     result = {
         "what": f"one optimizer step, batch {batch}, {network}",
         "precision": {"medmim": precision, "timm": precision, "monai": "fp32"},
+        "million_weights": {name: _trained(model) / 1e6 for name, (model, _) in models.items()},
         **compare(times, "medmim"),
         "gflop": round(flops / 1e9, 1),
         "share_of_matrix_product_rate": median(shares),
@@ -91,14 +93,19 @@ def measure(network: Network, *, batch: int, precision: str, rounds: int, memory
 # --- the candidates: each a function that makes one step -------------------------------------------------------------
 
 
-def _step(
-    network: Network, batch: int, precision: str, model: nn.Module, loss_of: Callable[[Tensor], Tensor], **adamw: bool
+Candidate = tuple[nn.Module, Callable[[Tensor], Tensor]]  # a model, and its loss of volumes (B, 1, D, H, W)
+
+
+def make_step(
+    name: str, model: nn.Module, loss_of: Callable[[Tensor], Tensor], network: Network, batch: int, precision: str
 ) -> Callable[[], None]:
+    """What runs one step of a candidate, on the GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
     x = torch.rand(batch, 1, *[network.side] * 3, generator=torch.Generator().manual_seed(0)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, **adamw)
-    dtype = DTYPES[precision]
+    # MONAI's is given the optimizer as it comes; ours is fused, and so timm's is.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=name != "monai")
+    dtype = torch.float32 if name == "monai" else DTYPES[precision]
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
@@ -111,7 +118,11 @@ def _step(
     return step
 
 
-def of_medmim(network: Network, batch: int, precision: str) -> Callable[[], None]:
+def _trained(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def of_medmim(network: Network) -> Candidate:
     encoder = medmim.create_model(
         "vit_b_mae3d",
         img_size=(network.side,) * 3,
@@ -127,11 +138,10 @@ def of_medmim(network: Network, batch: int, precision: str) -> Callable[[], None
     }
     method = MAE(encoder, ratio=network.ratio, loss="mse", decoder=decoder)
     generator = torch.Generator().manual_seed(0)
-    return _step(network, batch, precision, method, lambda x: method({"x": x[:, None]}, generator).loss, fused=True)
+    return method, lambda x: method({"x": x[:, None]}, generator).loss
 
 
-def of_monai(network: Network, batch: int, precision: str) -> Callable[[], None]:
-    """MONAI's own network, always in fp32."""
+def of_monai(network: Network) -> Candidate:
     model = MaskedAutoEncoderViT(
         in_channels=1,
         img_size=network.side,
@@ -153,7 +163,7 @@ def of_monai(network: Network, batch: int, precision: str) -> Callable[[], None]
         error = (predicted - patchify(x, (network.patch,) * 3)).square().mean(dim=-1)
         return (error * hidden).sum() / hidden.sum()
 
-    return _step(network, batch, "fp32", model, loss_of)
+    return model, loss_of
 
 
 class TimmMAE(nn.Module):
@@ -196,9 +206,9 @@ class TimmMAE(nn.Module):
         return (error * hidden).sum() / hidden.sum()
 
 
-def of_timm(network: Network, batch: int, precision: str) -> Callable[[], None]:
+def of_timm(network: Network) -> Candidate:
     model = TimmMAE(network)
-    return _step(network, batch, precision, model, model, fused=True)
+    return model, model
 
 
 CANDIDATES = {"medmim": of_medmim, "monai": of_monai, "timm": of_timm}
@@ -248,7 +258,7 @@ def peak_memory(name: str, network: Network, batch: int, precision: str) -> int:
 
 def _peak(name: str, network: Network, batch: int, precision: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    step = CANDIDATES[name](network, batch, precision)
+    step = make_step(name, *CANDIDATES[name](network), network, batch, precision)
     for _ in range(2):
         step()
     if torch.cuda.is_available():
