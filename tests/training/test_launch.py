@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
-TRAINING = Path(__file__).parents[2] / "training"
-CONFIGS = sorted((TRAINING / "accelerate").glob("*.yaml"))
-SCRIPT = TRAINING / "slurm" / "pretrain.sh"
+FOLDER = Path(__file__).parents[2] / "training" / "launch"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+SCRIPT = FOLDER / "slurm.sh"
 
 # Stand-ins for Slurm's programs and ours: each notes how it was called.
 SRUN = """#!/bin/bash

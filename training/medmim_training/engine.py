@@ -16,11 +16,11 @@ from pathlib import Path
 from threading import Event
 
 import torch
+from accelerate import Accelerator, DistributedType
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from accelerate import Accelerator, DistributedType
 from medmim.errors import MedmimError, SpecError
 from medmim.factory import create_model
 from medmim.files import atomic_write
@@ -74,7 +74,7 @@ def pretrain(
         watch: Called by the first process every `output.log_every` steps.
 
     Returns:
-        The trained method; with `ema`, its average.
+        The trained method; with `ema`, its average. With `sharded`, of its weights this process's share (DTensors).
 
     Raises:
         SpecError: When the folder holds another recipe's run, or the store, the batch, the precision or the number of
@@ -125,9 +125,9 @@ class _Run:
             for part in repeated_parts(self.method.encoder):
                 part.compile()
         if sharded:
-            for module in (self.method, self.average.module if self.average is not None else None):
-                if module is not None:
-                    shard(module, self.accelerator.device)
+            shard(self.method, self.accelerator.device)
+            if self.average is not None:
+                shard(self.average.module, self.accelerator.device)
         optimizer = create_optimizer(self.method, recipe)
         self.schedule = create_schedule(optimizer, recipe)
         if checkpoint:
@@ -201,7 +201,7 @@ class _Run:
         for part in range(self.recipe.accumulate):
             with self.meter.waiting:
                 batch = next(parts)
-            with self._last_of_step(part == self.recipe.accumulate - 1):
+            with self._exchanging(part == self.recipe.accumulate - 1):
                 output = self._forward(batch)
                 self.accelerator.backward(output.loss / self.recipe.accumulate)
             loss = output.loss.detach().float()
@@ -218,8 +218,8 @@ class _Run:
         return _Step(output, total / self.recipe.accumulate, float(whole(grad_norm)), stopped)
 
     @contextmanager
-    def _last_of_step(self, last: bool) -> Iterator[None]:
-        """Gradients are exchanged between processes after the last part of a step only."""
+    def _exchanging(self, last: bool) -> Iterator[None]:
+        """Processes exchange gradients after the `last` part of a step only."""
         if self.sharded:
             self.trained.set_requires_gradient_sync(last)
             yield

@@ -2,7 +2,7 @@
 # Pretrains on one node or several, one process a GPU. Preempted, or five minutes before its time is up, the run saves
 # itself and ends with exit code 75; this script then queues itself again, and the run goes on where it stopped.
 #
-#     sbatch --nodes=2 training/slurm/pretrain.sh vit_b_mae3d --data STORE -o runs/vit_b_mae3d
+#     sbatch --nodes=2 training/launch/slurm.sh vit_b_mae3d --data STORE -o runs/vit_b_mae3d
 #
 # What follows the script's name goes to `medmim-train pretrain`. Set below, or as options of sbatch, what the cluster
 # needs: partition, account, and a node's GPUs as --ntasks-per-node and --gpus-per-node. Submit from the environment that
