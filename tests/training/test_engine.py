@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from medmim.errors import SpecError, WeightsError
 from medmim.spec import TrainingRecord
 from medmim_training import engine
-from medmim_training.checkpoint import CheckpointError
+from medmim_training.checkpoint import CheckpointError, load_latest
 from medmim_training.engine import NonFiniteLossError, build_method, pretrain
 from medmim_training.preemption import Preempted
 from medmim_training.recipe import Recipe
@@ -111,6 +112,46 @@ def test_a_loss_that_is_no_number_names_the_scans(recipe, store, tmp_path, monke
 def test_bf16_trains(recipe, store, tmp_path, finished):
     pretrain(changed(recipe, precision="bf16"), store, tmp_path)
     torch.testing.assert_close(torch.tensor(losses(tmp_path)), torch.tensor(losses(finished[1])), rtol=0.05, atol=0)
+
+
+def test_fp16_needs_a_gpu(recipe, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SpecError, match="fp16 needs a GPU"):
+        pretrain(changed(recipe, precision="fp16"), store, tmp_path)
+
+
+def test_the_scale_of_a_loss_survives_a_kill(recipe, store, tmp_path, monkeypatch):
+    """What fp16 on a GPU adds to a run's state, here with the CPU's scaler, whose scale doubles every third step."""
+
+    class Scaling(Accelerator):
+        def __init__(self, **args):
+            super().__init__(**args)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+
+    monkeypatch.setattr(engine, "Accelerator", Scaling)
+    whole = pretrain(recipe, store, tmp_path / "whole").state_dict()
+    with pytest.raises(Interrupted):
+        pretrain(recipe, store, tmp_path / "killed", watch=stop_at(12))
+    resumed = pretrain(recipe, store, tmp_path / "killed").state_dict()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    scales = [load_latest(tmp_path / run / "checkpoints")["scaler"]["scale"] for run in ("whole", "killed")]
+    assert scales == [4.0 * 2**6, 4.0 * 2**6]
+
+
+def test_a_run_from_before_a_key_existed_goes_on(finished, recipe, store, tmp_path):
+    """Its recipe lacks the key, which then has its default."""
+    with pytest.raises(Interrupted):
+        pretrain(recipe, store, tmp_path, watch=stop_at(6))
+    path = tmp_path / "recipe.yaml"
+    older = [line for line in path.read_text().splitlines() if "layer_decay" not in line and "kind: cosine" not in line]
+    path.write_text("\n".join(older))
+    resumed = pretrain(recipe, store, tmp_path).state_dict()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in finished[0].state_dict().items())
+
+
+def test_weights_are_split_over_several_processes_only(recipe, store, tmp_path):
+    with pytest.raises(SpecError, match="start several with torchrun"):
+        pretrain(recipe, store, tmp_path, sharded=True)
 
 
 def test_rates_warm_up_and_then_fall_as_a_cosine(finished):

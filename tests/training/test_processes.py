@@ -18,12 +18,26 @@ from medmim_training.engine import pretrain
 from medmim_training.recipe import Recipe
 
 TRAIN = "from medmim_training.cli import main; main()"
+STOPPED_IN_STEP_3 = """
+import os, signal
+from medmim_training.engine import _Run
+
+forward, calls = _Run._forward, []
+
+def terminated(self, batch):
+    calls.append(batch)
+    if len(calls) == 3 and self.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return forward(self, batch)
+
+_Run._forward = terminated
+"""
 
 
-def command(recipe: Recipe, store, folder: Path, *, processes: int = 1) -> list[str]:
+def command(recipe: Recipe, store, folder: Path, *options: str, processes: int = 1) -> list[str]:
     path = folder.with_suffix(".yaml")
     path.write_text(recipe.to_yaml())
-    arguments = ["pretrain", str(path), "--data", str(store.folder), "-o", str(folder), "--threads", "1"]
+    arguments = ["pretrain", str(path), "--data", str(store.folder), "-o", str(folder), "--threads", "1", *options]
     if processes == 1:
         return [sys.executable, "-c", TRAIN, *arguments]
     script = folder.with_suffix(".py")
@@ -75,6 +89,44 @@ def test_two_processes_train_as_one(recipe, store, tmp_path):
         for run in ("one", "two")
     ]
     torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+def test_weights_split_over_processes_train_as_whole_ones(recipe, store, tmp_path):
+    """FSDP2 over gloo against one process; then each goes on where the other stopped."""
+    plain = {**recipe.model.model_dump(), "args": {**recipe.model.args, "drop_path_rate": 0.0}}
+    settings = {"model": plain, "ema": 0.8, "accumulate": 2, "schedule": {"steps": 8, "warmup": 2}}
+    recipe = Recipe.model_validate({**recipe.model_dump(), **settings})
+    one, split = tmp_path / "one", tmp_path / "split"
+    launch = command(recipe, store, split, "--shard", processes=2)
+    expected = pretrain(recipe, store, one).state_dict()
+    subprocess.run(launch, env=environment(), check=True, capture_output=True)
+    last = load_latest(split / "checkpoints")
+    assert last["average"].keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(last["average"][name], tensor, rtol=0, atol=2e-4)
+
+    for run, other in ((one, split), (split, one)):
+        (run / "checkpoints/step-00000008.pt").unlink()
+        (run / "checkpoints/step-00000005.pt").write_bytes((other / "checkpoints/step-00000005.pt").read_bytes())
+        (run / "record.json").unlink()
+    subprocess.run(launch, env=environment(), check=True, capture_output=True)
+    pretrain(recipe, store, one)
+    for run in (one, split):
+        state = load_latest(run / "checkpoints")
+        assert state["step"] == 8
+        for name, tensor in expected.items():
+            torch.testing.assert_close(state["average"][name], tensor, rtol=0, atol=2e-4)
+
+
+def test_all_processes_stop_after_the_same_step(recipe, store, tmp_path):
+    """The second of two is told to stop; the first saves, since it alone writes."""
+    folder = tmp_path / "run"
+    launch = command(recipe, store, folder, processes=2)
+    folder.with_suffix(".py").write_text(STOPPED_IN_STEP_3 + TRAIN)
+    errors = subprocess.run(launch, env=environment(), capture_output=True, text=True).stderr
+    assert "stopped and saved at step 3" in errors
+    assert load_latest(folder / "checkpoints")["step"] == 3
 
 
 def test_a_preempted_command_has_its_own_exit_code(recipe, store, tmp_path):

@@ -2,20 +2,65 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 import medmim
 from medmim.errors import SpecError
+from medmim_training.methods import METHODS
+from medmim_training.plan import make_plan
 from medmim_training.recipe import list_recipes, load_recipe
+
+CARDS = Path(__file__).parents[2] / "model_cards"
+METHODS_OF_TAGS = {"mae": ("mae", "mae_cnn"), "simmim": ("simmim",), "simclr": ("simclr",)}
+
+
+def model_of(recipe_name: str) -> str:
+    """What a recipe of this name trains: "small/vit_t_mae3d" is about vit_t_mae3d."""
+    return recipe_name.rsplit("/", 1)[-1]
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_packaged_recipes_are_valid(name):
+def test_packaged_recipes_are_valid_and_what_their_name_says(name):
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert medmim.is_model(recipe.model.name)
-    assert name.rsplit("/", 1)[-1] == recipe.model.name
+    assert recipe.model.name == model_of(name)
+    (tag,) = medmim.model_info(recipe.model.name).tags
+    assert recipe.method.name in METHODS_OF_TAGS[tag]
+
+
+SLOW_TO_PLAN = [name for name in list_recipes() if "swin" in name]  # its windows are many small operations
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_TO_PLAN)) for name in list_recipes()]
+)
+def test_packaged_recipes_can_be_planned(name):
+    plan = make_plan(load_recipe(name))
+    assert plan.flops_per_crop > 1e9
+    if name.startswith("small/"):
+        hours = plan.hours(30e9)  # FLOP/s that one core of an old server reaches
+        assert hours < 12, f"{name}: {hours:.0f} hours are not small"
+
+
+def test_every_method_of_the_paper_has_a_recipe_at_its_scale_and_a_small_one():
+    at_scale = {"vit_b_mae3d", "vit_b_simmim3d", "swin_b_simmim3d", "vit_b_simclr3d", "resenc_l_mae3d"}
+    assert at_scale <= set(list_recipes())
+    small = {load_recipe(name).method.name for name in list_recipes() if name.startswith("small/")}
+    assert small == set(METHODS)
+
+
+def test_catalog_recipes_and_cards_name_the_same():
+    """Weights that are published have a card, and were made by a recipe that is here."""
+    for full_name in medmim.list_pretrained():
+        (weights,) = medmim.model_info(full_name).weights
+        assert (CARDS / f"{full_name}.md").is_file()
+        assert weights.training.recipe in list_recipes()
+        assert model_of(weights.training.recipe) == medmim.model_info(full_name).name
+    for card in CARDS.glob("*.md"):
+        assert card.stem in medmim.list_pretrained()
 
 
 def test_a_recipe_round_trips(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from monai.networks.utils import pixelshuffle
 
 from fakes import tiny_model
 from medmim.layers.tokens import hidden_voxels
@@ -82,6 +84,15 @@ def test_a_swin_transformer_never_sees_a_hidden_voxel_and_learns():
     assert torch.equal(predicted[:, hidden[0, 0]], again[:, hidden[0, 0]])
     first.loss.backward()
     assert [name for name, p in method.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_on_a_swin_transformer_the_layer_is_the_shuffle_head_of_simmim():
+    encoder = tiny_model("swin_t_simmim3d", patch_size=(2, 2, 2), in_chans=2)
+    method = SimMIM(encoder, unit=(8, 8, 8))
+    features = torch.randn(2, encoder.num_features, *(side // 8 for side in encoder.img_size), generator=seeded())
+    weight, bias = method.to_voxels.weight, method.to_voxels.bias
+    expected = pixelshuffle(F.conv3d(features, weight[..., None, None, None], bias), 3, 8)
+    torch.testing.assert_close(method._predict(features), expected)
 
 
 def test_a_unit_that_does_not_fit_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -14,9 +15,9 @@ from medmim.errors import SpecError
 from medmim.spec import VolumeSpec
 from medmim.transforms import VolumeTransform
 from medmim_training.store.crops import CropDataset
-from medmim_training.store.index import INDEX_FILE, PROBLEMS_FILE, Store, read_index
+from medmim_training.store.index import BLOCK, INDEX_FILE, PROBLEMS_FILE, Store, read_index
 from medmim_training.store.inspect import counts, draw_contact_sheet, draw_histograms
-from medmim_training.store.prepare import prepare
+from medmim_training.store.prepare import FOREGROUND, prepare
 from medmim_training.store.sources import find_sources
 from synthetic import write_scan
 
@@ -141,6 +142,50 @@ def test_a_power_of_the_foreground_evens_volumes_out(store, recipe, power):
     draws = np.bincount([crops.volume_of(index) for index in range(3000)], minlength=3)
     weights = np.array([min(entry.foreground, np.prod(SIZE)) for entry in store.entries]) ** power
     np.testing.assert_allclose(draws / 3000, weights / weights.sum(), atol=0.04)
+
+
+def test_the_index_says_where_the_foreground_is(store):
+    for position, entry in enumerate(store.entries):
+        foreground = entry.intensity.apply(store.array(position)[...].astype(np.float32))[0] > FOREGROUND
+        assert entry.foreground == foreground.sum()
+        blocks = {tuple(block[1:]): block[0] for block in entry.occupied_blocks()}
+        for corner in np.ndindex(*(-(-side // BLOCK) for side in entry.shape)):
+            first = tuple(BLOCK * place for place in corner)
+            here = foreground[tuple(slice(start, start + BLOCK) for start in first)].sum()
+            assert blocks.get(first, 0) == np.ceil(255 * here / BLOCK**3)
+
+
+def test_crops_around_foreground(scans, recipe, tmp_path):
+    """Of a volume whose foreground is in two far corners, a crop there is drawn as often as there is foreground."""
+    array = np.zeros((120, 20, 20), dtype=np.int16)
+    array[:8], array[-8:, :10] = 100, 100
+    nib.Nifti1Image(array, np.diag([2.0, 2.0, 2.0, 1.0])).to_filename(tmp_path / "corners.nii.gz")
+    prepare(find_sources(tmp_path), tmp_path / "store", volume=recipe.volume)
+    size = (16, 16, 16)
+
+    def shares(share: float) -> tuple[float, float]:
+        crops = dataset(Store(tmp_path / "store"), recipe, size=size, foreground_share=share)
+        starts = np.array([crops[index]["boxes"][0, 0] * 120 for index in range(400)])
+        return float((starts < 8).mean()), float((starts > 96).mean())
+
+    near, far = shares(1.0)
+    assert near + far == 1
+    assert near == pytest.approx(2 / 3, abs=0.07)
+    near, far = shares(0.5)
+    assert near + far == pytest.approx(0.5 + 0.5 * 16 / 105, abs=0.07)
+    near, far = shares(0.0)
+    assert near + far == pytest.approx(16 / 105, abs=0.06)
+
+
+def test_a_store_of_an_older_version_is_read_and_says_what_it_lacks(store, recipe, tmp_path):
+    shutil.copytree(store.folder, tmp_path / "old")
+    lines = [json.loads(line) for line in (tmp_path / "old" / INDEX_FILE).read_text().splitlines()]
+    older = [{key: value for key, value in line.items() if key != "occupancy"} for line in lines]
+    (tmp_path / "old" / INDEX_FILE).write_text("".join(json.dumps(line) + "\n" for line in older))
+    old = Store(tmp_path / "old")
+    assert torch.equal(dataset(old, recipe)[3]["x"], dataset(store, recipe)[3]["x"])
+    with pytest.raises(SpecError, match="older medmim"):
+        dataset(old, recipe, foreground_share=0.5)
 
 
 @pytest.mark.parametrize("axes", [(), (0, 1, 2)])

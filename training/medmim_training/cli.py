@@ -84,6 +84,9 @@ def pretrain(
     data: Annotated[Path | None, typer.Option(help="Store made by `medmim-train prepare`.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the run; a run in it resumes.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Split the weights over the processes (FSDP2), for large models.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the run needs.")] = False,
     tflops: Annotated[
         float | None, typer.Option(min=0.001, help="For --plan: TFLOP/s of the hardware; default as measured here.")
@@ -123,7 +126,7 @@ def pretrain(
             if not console.is_terminal:
                 print(f"{step.step}/{step.steps}  {state}", flush=True)
 
-        run_pretraining(chosen, Store(data), out, watch=watch)
+        run_pretraining(chosen, Store(data), out, sharded=shard, watch=watch)
     console.print(f"done: {out}")
 
 

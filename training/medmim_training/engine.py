@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import torch
-from accelerate import Accelerator
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from accelerate import Accelerator, DistributedType
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -28,10 +27,12 @@ from medmim.files import atomic_write
 from medmim.pictures import reconstruction_picture
 from medmim_training.checkpoint import load_latest, save_checkpoint
 from medmim_training.methods import MethodOutput, create_method
+from medmim_training.optimization import create_optimizer, create_schedule
 from medmim_training.precision import resolve_precision
 from medmim_training.preemption import Preempted, stop_requests
-from medmim_training.recipe import Recipe
+from medmim_training.recipe import Recipe, load_recipe
 from medmim_training.record import Clock, MetricsLog, Report, write_record
+from medmim_training.sharding import load_whole, repeated_parts, shard, whole
 from medmim_training.store.crops import CropDataset
 from medmim_training.store.index import Store
 
@@ -52,7 +53,12 @@ def build_method(recipe: Recipe) -> nn.Module:
 
 
 def pretrain(
-    recipe: Recipe, store: Store, folder: str | Path, *, watch: Callable[[Report], None] = lambda report: None
+    recipe: Recipe,
+    store: Store,
+    folder: str | Path,
+    *,
+    sharded: bool = False,
+    watch: Callable[[Report], None] = lambda report: None,
 ) -> nn.Module:
     """Trains, or goes on training, and writes everything to `folder`.
 
@@ -63,60 +69,97 @@ def pretrain(
         store: Crops come from here.
         folder: `recipe.yaml`, `metrics.jsonl`, `checkpoints/`, `pictures/` and, at the end, `record.json`. When it
             holds a checkpoint of the same recipe, training resumes there.
+        sharded: Splits weights, gradients and moments over the processes (FSDP2), for what is too large for one GPU;
+            a run may go on with another choice and another number of processes.
         watch: Called by the first process every `output.log_every` steps.
 
     Returns:
-        The trained method; with `ema`, its average.
+        The trained method; with `ema`, its average. With `sharded`, of its weights this process's share (DTensors).
 
     Raises:
-        SpecError: When the folder holds another recipe's run, or the store or the batch does not fit.
+        SpecError: When the folder holds another recipe's run, or the store, the batch, the precision or the number of
+            processes does not fit.
         NonFiniteLossError: When the loss is no number any more.
         CheckpointError: When the disk is full.
         Preempted: After SIGTERM; the run has saved itself.
     """
-    return _Run(recipe, store, Path(folder)).train(watch)
+    return _Run(recipe, store, Path(folder), sharded=sharded).train(watch)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What an optimizer step gave: the last part's output, and the mean loss over parts and processes."""
+    """What an optimizer step gave: the last part's output, and the mean loss over parts and processes.
+
+    `stopped` says whether any process was told to stop, so that all of them stop after the same step.
+    """
 
     output: MethodOutput
     loss: float
     grad_norm: float
+    stopped: bool
 
 
 class _Run:
     """One run: what it is made of, and the loop over it."""
 
-    def __init__(self, recipe: Recipe, store: Store, folder: Path) -> None:
-        self.recipe, self.store, self.folder = recipe, store, folder
+    def __init__(self, recipe: Recipe, store: Store, folder: Path, *, sharded: bool) -> None:
+        self.recipe, self.store, self.folder, self.sharded = recipe, store, folder, sharded
         store.check(recipe.volume)
-        precision = resolve_precision(recipe.precision)
-        self.accelerator = Accelerator(
-            mixed_precision="no" if precision == "fp32" else precision,
-            log_with=list(recipe.output.trackers) or None,
-            project_dir=folder,
-            cpu=not torch.cuda.is_available(),  # without it, accelerate takes processes on CPUs for unrelated ones
-        )
+        self.accelerator = self._accelerator()
         self.part_size = self._part_size()
         self.writes = self.accelerator.is_main_process
         if self.writes:
             _claim(folder, recipe)
         self.accelerator.init_trackers(TRACKER)
 
+        checkpoint = load_latest(folder / CHECKPOINTS) or {}
+        self.start, self.best = checkpoint.get("step", 0), checkpoint.get("best", math.inf)
+        self.clock = Clock(checkpoint.get("spent"))
         self.method = build_method(recipe)
         self.average = ModelEmaV3(self.method, decay=recipe.ema) if recipe.ema else None
-        optimizer = _optimizer(self.method, recipe)
-        self.schedule = _schedule(optimizer, recipe)
-        self.start, self.best, self.clock = 0, math.inf, Clock()
-        self._resume(optimizer)
+        if checkpoint:
+            self.method.load_state_dict(checkpoint["method"])
+        if checkpoint and self.average is not None:
+            self.average.module.load_state_dict(checkpoint["average"])
         if recipe.compile:
-            for block in self.method.encoder.blocks:
-                block.compile()
-        self.trained, self.optimizer = self.accelerator.prepare(self.method, optimizer)
+            for part in repeated_parts(self.method.encoder):
+                part.compile()
+        if sharded:
+            shard(self.method, self.accelerator.device)
+            if self.average is not None:
+                shard(self.average.module, self.accelerator.device)
+        optimizer = create_optimizer(self.method, recipe)
+        self.schedule = create_schedule(optimizer, recipe)
+        if checkpoint:
+            load_whole(optimizer, checkpoint["optimizer"])
+        # What is split needs no DDP around it, only autocast within.
+        self.trained = self.accelerator.prepare_model(self.method, evaluation_mode=sharded)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        if self.accelerator.scaler is not None and checkpoint.get("scaler"):
+            self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
         self.metrics = MetricsLog(folder / METRICS_FILE, self.start) if self.writes else None
         self.meter = _Meter(recipe, self.start, self.clock)
+
+    def _accelerator(self) -> Accelerator:
+        recipe, precision = self.recipe, resolve_precision(self.recipe.precision)
+        if precision == "fp16" and not torch.cuda.is_available():
+            raise SpecError(f"{recipe.name}: precision fp16 needs a GPU; precision=auto takes what this machine can do")
+        if precision == "fp16" and self.sharded:
+            raise SpecError(f"{recipe.name}: split weights are not trained in fp16; use precision=bf16")
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            log_with=list(recipe.output.trackers) or None,
+            project_dir=self.folder,
+            cpu=not torch.cuda.is_available(),  # without it, accelerate takes processes on CPUs for unrelated ones
+        )
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise SpecError(
+                f"accelerate is configured for {accelerator.distributed_type.value}; configure plain processes and "
+                "split the weights with --shard"
+            )
+        if self.sharded and accelerator.num_processes == 1:
+            raise SpecError("--shard splits weights over processes, and there is one; start several with torchrun")
+        return accelerator
 
     def _part_size(self) -> int:
         """Samples that this process computes at once."""
@@ -129,31 +172,22 @@ class _Run:
             )
         return size
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> None:
-        checkpoint = load_latest(self.folder / CHECKPOINTS)
-        if checkpoint is None:
-            return
-        self.start, self.best, self.clock = checkpoint["step"], checkpoint["best"], Clock(checkpoint["spent"])
-        self.method.load_state_dict(checkpoint["method"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if self.average is not None:
-            self.average.module.load_state_dict(checkpoint["average"])
-
     def train(self, watch: Callable[[Report], None]) -> nn.Module:
         every, steps = self.recipe.output, self.recipe.schedule.steps
         self.trained.train()
         parts = self._parts()
         with stop_requests() as stop:
             for done in range(self.start + 1, steps + 1):
-                step = self._step(parts, done)
-                finished, stopped = done == steps, stop.is_set()
-                if self.writes and (finished or stopped or done % every.log_every == 0):
+                step = self._step(parts, done, stop)
+                finished = done == steps
+                if self.writes and (finished or step.stopped or done % every.log_every == 0):
                     watch(self._report(step, done))
                 if self.writes and done % every.pictures_every == 0:
                     self._draw(step, done)
-                if self.writes and (finished or stopped or done % every.checkpoint_every == 0):
+                if finished or step.stopped or done % every.checkpoint_every == 0:
                     self._save(done)
-                if stopped and not finished:
+                if step.stopped and not finished:
+                    self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
                     raise Preempted(f"{self.folder}: stopped and saved at step {done}; the same command goes on")
         if self.writes:
             record = self.folder / RECORD_FILE
@@ -161,26 +195,37 @@ class _Run:
         self.accelerator.end_training()
         return self.method if self.average is None else self.average.module
 
-    def _step(self, parts: Iterator[dict[str, Tensor]], done: int) -> _Step:
+    def _step(self, parts: Iterator[dict[str, Tensor]], done: int, stop: Event) -> _Step:
         self.schedule.step_update(done)  # from 1, so that the first step already has a rate above zero
-        total = 0.0
+        total, stopped = 0.0, False
         for part in range(self.recipe.accumulate):
             with self.meter.waiting:
                 batch = next(parts)
-            last = part == self.recipe.accumulate - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.trained):
+            with self._exchanging(part == self.recipe.accumulate - 1):
                 output = self._forward(batch)
                 self.accelerator.backward(output.loss / self.recipe.accumulate)
-            loss = self.accelerator.reduce(output.loss.detach(), "mean").item()
+            loss = output.loss.detach().float()
+            loss, asked = self.accelerator.reduce(torch.stack([loss, loss.new_tensor(stop.is_set())]), "mean").tolist()
             if not math.isfinite(loss):
                 self._refuse(loss, batch, done)
             total += loss
+            stopped |= asked > 0
         grad_norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), self.recipe.optimizer.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.method)
-        return _Step(output, total / self.recipe.accumulate, float(grad_norm))
+        return _Step(output, total / self.recipe.accumulate, float(whole(grad_norm)), stopped)
+
+    @contextmanager
+    def _exchanging(self, last: bool) -> Iterator[None]:
+        """Processes exchange gradients after the `last` part of a step only."""
+        if self.sharded:
+            self.trained.set_requires_gradient_sync(last)
+            yield
+        else:
+            with nullcontext() if last else self.accelerator.no_sync(self.trained):
+                yield
 
     def _forward(self, batch: dict[str, Tensor]) -> MethodOutput:
         sample_seeds = [self.recipe.seed * PRIME + index for index in batch["index"].tolist()]
@@ -202,6 +247,7 @@ class _Run:
             views=self.method.views,
             crops_per_volume=self.recipe.data.crops_per_volume,
             foreground_power=self.recipe.data.foreground_power,
+            foreground_share=self.recipe.data.foreground_share,
             mirror_axes=self.recipe.data.mirror_axes,
         )
         first = self.start * self.recipe.batch_size + self.accelerator.process_index
@@ -231,55 +277,30 @@ class _Run:
         reconstruction_picture(step.output.picture(), path, spacing=spacing)
 
     def _save(self, done: int) -> None:
-        recent = self.metrics.recent_loss()
-        is_best, self.best = recent <= self.best, min(recent, self.best)
         state = {
             "step": done,
-            "best": self.best,
-            "spent": self.clock.read(),
             "method": self.method.state_dict(),
             "average": self.average.module.state_dict() if self.average is not None else None,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
+        state = whole(state)
+        if not self.writes:
+            return
+        recent = self.metrics.recent_loss()
+        is_best, self.best = recent <= self.best, min(recent, self.best)
+        state |= {"best": self.best, "spent": self.clock.read()}
         save_checkpoint(self.folder / CHECKPOINTS, done, state, keep=self.recipe.output.keep, best=is_best)
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
     """Makes the run's folder, or checks that the run in it is this recipe's."""
     path = folder / RECIPE_FILE
-    text = recipe.to_yaml()
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    # Read, not compared as text: a run from before a key existed has that key's default.
+    if path.is_file() and load_recipe(str(path)).to_yaml() != recipe.to_yaml():
         raise SpecError(f"{path}: another recipe ran here; choose another folder, or that recipe to go on with its run")
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _optimizer(method: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    settings = recipe.optimizer
-    # timm hands on what the optimizer's constructor takes; only torch's own have fused kernels.
-    extra = {"fused": True} if settings.name in ("adam", "adamw") else {}
-    try:
-        return create_optimizer_v2(
-            method,
-            opt=settings.name,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            betas=settings.betas,
-            **extra,
-        )
-    except (ValueError, TypeError) as error:
-        raise SpecError(f"optimizer: {error}; timm.optim.list_optimizers() has the names") from error
-
-
-def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> CosineLRScheduler:
-    """A function of the step alone, so nothing of it has to be saved."""
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=recipe.schedule.steps,
-        lr_min=recipe.schedule.min_lr,
-        warmup_t=recipe.schedule.warmup,
-        t_in_epochs=False,
-    )
+        temporary.write_text(recipe.to_yaml(), encoding="utf-8")
 
 
 class _Stopwatch:

@@ -1,4 +1,7 @@
-"""What a recipe will need, before anything starts: one crop is computed and counted, the rest is multiplication."""
+"""What a recipe will need, before anything starts: one step is traced and counted, the rest is multiplication.
+
+Tracing is with tensors that have a size and no content, so the largest network is planned in seconds and no memory.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,17 @@ import math
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from medmim_training.engine import build_method
-from medmim_training.methods.draws import Generators
 from medmim_training.precision import DTYPES, Precision, resolve_precision
 from medmim_training.recipe import Recipe
+
+SAMPLES = 2  # of which one is the share
 
 
 @dataclass(frozen=True)
@@ -43,40 +48,41 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, *, processes: int = 1) -> Plan:
-    """Computes one sample forward and backward, and counts.
+    """Traces two samples forward and backward, and counts.
 
     Args:
         recipe: What is to be trained.
         processes: That share each batch.
     """
-    method = build_method(recipe)
+    with torch.device("meta"):
+        method = build_method(recipe)
     encoder = method.encoder
-    generator = torch.Generator().manual_seed(0)
-    views = len(method.views.starts(encoder.img_size, encoder.img_size, np.random.default_rng(0)))
-    x = torch.rand(2, views, encoder.in_chans, *encoder.img_size, generator=generator)
-    flops, saved = _count(method, {"x": x}, recipe, generator)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # which the meta tensors are
+        method.to_empty(device="cpu")
+        x = torch.empty(SAMPLES, method.views.count, encoder.in_chans, *encoder.img_size)
+        flops, saved = _count(method, {"x": x}, recipe)
     per_process = math.ceil(recipe.batch_size / recipe.accumulate / processes)
     parameters = sum(parameter.numel() for parameter in method.parameters())
     copies = 4 if recipe.ema is None else 5
     return Plan(
         encoder_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         parameters=parameters,
-        flops_per_crop=flops // len(x),
-        activation_bytes=saved // len(x) * per_process,
+        flops_per_crop=flops // SAMPLES,
+        activation_bytes=saved // SAMPLES * per_process,
         state_bytes=copies * 4 * parameters,
         crops=recipe.schedule.steps * recipe.batch_size,
     )
 
 
-def _count(method: torch.nn.Module, batch: dict[str, Tensor], recipe: Recipe, generator: Generators) -> tuple[int, int]:
+def _count(method: torch.nn.Module, batch: dict[str, Tensor], recipe: Recipe) -> tuple[int, int]:
     """FLOPs, and bytes kept between the passes; weights are not counted with the latter."""
-    own = {parameter.data_ptr() for parameter in method.parameters()}
-    kept: dict[int, int] = {}
+    own = {StorageWeakRef(parameter.untyped_storage()) for parameter in method.parameters()}
+    kept: dict[StorageWeakRef, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if (reference := StorageWeakRef(storage)) not in own:
+            kept[reference] = storage.nbytes()
         return tensor
 
     precision = DTYPES[resolve_precision(recipe.precision)]
@@ -85,7 +91,7 @@ def _count(method: torch.nn.Module, batch: dict[str, Tensor], recipe: Recipe, ge
             torch.autocast("cpu", precision, enabled=precision is not torch.float32),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
-            loss = method(batch, generator).loss
+            loss = method(batch).loss
         loss.backward()
     return counter.get_total_flops(), sum(kept.values())
 

@@ -48,12 +48,15 @@ class DataSection(Section):
         crops_per_volume: Crops taken from a volume once it is opened.
         foreground_power: A volume is drawn in proportion to its foreground voxels, at most a crop's, to this power: 1
             shows every voxel about as often, 0 every volume.
+        foreground_share: Share of the crops that are around a place with foreground; all others are anywhere in the
+            volume, of which much may be air.
         mirror_axes: Axes (0, 1, 2 for D, H, W) along which every other crop is mirrored; axis 0 of RAS is left-right.
         workers: Processes that read ahead; 0 reads in the training process.
     """
 
     crops_per_volume: Positive = 1
     foreground_power: float = Field(1.0, ge=0, le=1)
+    foreground_share: float = Field(0.0, ge=0, le=1)
     mirror_axes: tuple[Literal[0, 1, 2], ...] = ()
     workers: int = Field(1, ge=0)
 
@@ -64,19 +67,31 @@ class OptimizerSection(Section):
     Attributes:
         name: Of timm's (`timm.optim.list_optimizers`).
         lr: Peak rate.
+        betas: For optimizers of the Adam kind.
+        momentum: For those of the SGD kind, with Nesterov's look ahead for "sgd".
         clip_grad: Norm that gradients are scaled down to.
+        layer_decay: The rate of each block of the encoder is that of the block after it times this, its last block's
+            being the full one; None for one rate.
     """
 
     name: str = "adamw"
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = Field(0.9, ge=0, lt=1)
     clip_grad: float = Field(1.0, gt=0)
+    layer_decay: float | None = Field(None, gt=0, le=1)
 
 
 class ScheduleSection(Section):
-    """Linear warm-up from 0, then a half cosine to `min_lr`; counted in optimizer steps."""
+    """Linear warm-up from 0, then down to `min_lr`; counted in optimizer steps.
 
+    Attributes:
+        kind: How it goes down: "cosine", half of one; "poly", the share of steps left to the power 0.9, as nnU-Net.
+        min_lr: Where it ends; the optimizer's `lr` keeps the rate constant.
+    """
+
+    kind: Literal["cosine", "poly"] = "cosine"
     steps: Positive
     warmup: int = Field(0, ge=0)
     min_lr: float = Field(0.0, ge=0)
@@ -105,7 +120,7 @@ class Recipe(Section):
         accumulate: Parts that a step's batch is computed in, one after the other; changes memory, not the result.
         ema: Decay of an exponential moving average of the weights, which is then what gets published; None for none.
         precision: Of the arithmetic, under autocast; weights are float32. "auto" is bf16 where the hardware has it.
-        compile: Compiles the encoder's blocks; worth its minutes on a GPU.
+        compile: Compiles the parts that the encoder repeats, its blocks; worth its minutes on a GPU.
     """
 
     name: str

@@ -76,14 +76,14 @@ def _block(hiding: Hiding, x: Tensor, unit: Size, generator: Generators) -> Tens
     number = torch.arange(math.prod(coarse)).view(coarse)
     for axis, size in enumerate(hiding.block):
         number = number.repeat_interleave(size, dim=axis).narrow(axis, 0, grid_size[axis])
-    return _by_group(number, len(x), generator)
+    return _by_group(number, math.prod(coarse), len(x), generator)
 
 
 def _tube(hiding: Hiding, x: Tensor, unit: Size, generator: Generators) -> Tensor:
     grid_size = _grid_of(x, unit)
     cross_section = [1 if axis == hiding.axis else side for axis, side in enumerate(grid_size)]
-    number = torch.arange(math.prod(cross_section)).view(cross_section).expand(grid_size)
-    return _by_group(number, len(x), generator)
+    count = math.prod(cross_section)
+    return _by_group(torch.arange(count).view(cross_section).expand(grid_size), count, len(x), generator)
 
 
 def _grid(hiding: Hiding, x: Tensor, unit: Size, generator: Generators) -> Tensor:
@@ -112,10 +112,10 @@ def _grid_of(x: Tensor, unit: Size) -> Size:
     return to_grid_size(tuple(x.shape[2:]), unit)
 
 
-def _by_group(group: Tensor, batch: int, generator: Generators) -> Tensor:
-    """Scores that hide whole groups in random order; `group` (Dg, Hg, Wg) numbers the group of each token from 0."""
+def _by_group(group: Tensor, count: int, batch: int, generator: Generators) -> Tensor:
+    """Scores that hide whole groups in random order; `group` (Dg, Hg, Wg) numbers each token's, of `count`, from 0."""
     group = group.flatten()
-    rank = uniform(batch, int(group.max()) + 1, generator=generator).argsort(dim=1)
+    rank = uniform(batch, count, generator=generator).argsort(dim=1)
     # Ranks are whole numbers apart, so the noise below 1 orders tokens inside a group only.
     return rank[:, group] + uniform(batch, len(group), generator=generator)
 

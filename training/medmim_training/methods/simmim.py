@@ -28,7 +28,8 @@ class SimMIM(nn.Module):
     """Predicts hidden patches from all positions, at each position by a linear layer.
 
     Works with any encoder that has `forward_replaced`: a ViT, whose every token predicts its own patch, or a Swin
-    transformer, whose every last-stage token predicts the voxels it stands for.
+    transformer, whose every last-stage token predicts the voxels it stands for. On a map of tokens that layer is the
+    head of Xie et al. for Swin transformers, a convolution of 1 and a shuffle of its channels into voxels.
 
     Args:
         encoder: The encoder.
@@ -86,11 +87,7 @@ class SimMIM(nn.Module):
         _, idx_hidden = self.hiding(x, self.unit, generator=generator)
         hidden = self._hidden_patches(idx_hidden)
         features = self.encoder.forward_replaced(x, hidden, self.hidden_token)
-        if features.ndim == 5:  # (B, C, d, h, w) of a pyramid encoder
-            features = features.flatten(2).mT
-        predicted = self.to_voxels(features[:, self.encoder.num_prefix_tokens :])  # (B, n, C * stride voxels)
-        volume = unpatchify(predicted, self.stride, to_grid_size(self.encoder.img_size, self.stride))
-        predicted = gather_patches(volume, idx_hidden, self.unit).float()  # (B, M, V)
+        predicted = gather_patches(self._predict(features), idx_hidden, self.unit).float()  # (B, M, V)
         target = self.target(gather_patches(x, idx_hidden, self.unit))
         loss = hidden_loss(self.loss, predicted, target, inside_scan(batch, idx_hidden, self.unit))
 
@@ -98,6 +95,13 @@ class SimMIM(nn.Module):
             return paste(x, predicted, idx_hidden, self.unit)
 
         return MethodOutput(loss, picture=picture)
+
+    def _predict(self, features: Tensor) -> Tensor:
+        """Volumes (B, in_chans, D, H, W) from what the encoder gave for them."""
+        if features.ndim == 5:  # (B, C, d, h, w) of a pyramid encoder
+            features = features.flatten(2).mT
+        voxels = self.to_voxels(features[:, self.encoder.num_prefix_tokens :])  # (B, n, C * stride voxels)
+        return unpatchify(voxels, self.stride, to_grid_size(self.encoder.img_size, self.stride))
 
     def _hidden_patches(self, idx_hidden: Tensor) -> Tensor:
         """Boolean (B, Dg, Hg, Wg) on the encoder's patch grid, True inside of hidden units."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from medmim.errors import SpecError
 from medmim.spec import VolumeSpec
-from medmim_training.store.index import Store, read_array
-from medmim_training.store.views import OneCrop, Views
+from medmim_training.store.index import BLOCK, Store, StoreEntry, read_array
+from medmim_training.store.views import OneCrop, Views, anywhere, around
 
 VOLUME_STREAM, CROP_STREAM = 0, 1  # independent random streams of one seed
 
@@ -37,7 +38,11 @@ class CropDataset(Dataset):
         views: Which boxes of a volume make a sample.
         crops_per_volume: Consecutive samples that come from one volume.
         foreground_power: What that foreground is raised to, from 1 down to 0, at which all volumes count alike.
+        foreground_share: Share of the samples whose first crop is around a voxel near foreground, others are anywhere.
         mirror_axes: Axes of (D, H, W) along which a crop is mirrored, each with probability one half.
+
+    Raises:
+        SpecError: When the store does not fit, or does not say where the foreground is and that is asked for.
     """
 
     def __init__(
@@ -51,12 +56,19 @@ class CropDataset(Dataset):
         views: Views | None = None,
         crops_per_volume: int = 1,
         foreground_power: float = 1.0,
+        foreground_share: float = 0.0,
         mirror_axes: Sequence[int] = (),
     ) -> None:
         store.check(volume)
         self.store, self.volume, self.size, self.views = store, volume, size, views or OneCrop()
         self.length, self.seed = length, seed
         self.crops_per_volume, self.mirror_axes = crops_per_volume, mirror_axes
+        self.foreground_share = foreground_share
+        if foreground_share and any(entry.occupancy is None for entry in store.entries):
+            raise SpecError(
+                f"{store.folder}: prepared by an older medmim, which did not note where the foreground is; prepare it "
+                "anew, or set data.foreground_share to 0"
+            )
         weights = np.array([min(entry.foreground, np.prod(size)) for entry in store.entries], dtype=np.float64)
         weights **= foreground_power
         self.cumulative = np.cumsum(weights / weights.sum())
@@ -77,7 +89,7 @@ class CropDataset(Dataset):
         position = self.volume_of(index)
         entry, mapping = self.store.entries[position], self.store.intensity(position, self.volume)
         generator = np.random.default_rng([self.seed, CROP_STREAM, index])
-        starts = self.views.starts(entry.shape, self.size, generator)
+        starts = self.views.starts(self._first(entry, generator), entry.shape, self.size, generator)
         crops, inside = zip(*(self._crop(position, start, generator) for start in starts), strict=True)
         boxes = np.concatenate([starts, starts + np.array(self.size)], axis=1) / np.tile(entry.shape, 2)
         return {
@@ -92,6 +104,15 @@ class CropDataset(Dataset):
         """The number in the store of the volume that sample `index` is taken from."""
         draw = np.random.default_rng([self.seed, VOLUME_STREAM, index // self.crops_per_volume]).random()
         return min(int(np.searchsorted(self.cumulative, draw, side="right")), len(self.cumulative) - 1)
+
+    def _first(self, entry: StoreEntry, generator: np.random.Generator) -> np.ndarray:
+        """Where the sample's first crop starts."""
+        if not self.foreground_share or generator.random() >= self.foreground_share:
+            return anywhere(entry.shape, self.size, generator)
+        blocks = entry.occupied_blocks()  # (blocks, 4): share of foreground, first voxel
+        share, corner = blocks[:, 0], blocks[:, 1:]
+        block = generator.choice(len(blocks), p=share / share.sum())
+        return around(corner[block] + generator.integers(0, BLOCK, size=3), entry.shape, self.size)
 
     def _crop(self, position: int, start: np.ndarray, generator: np.random.Generator):
         """The crop (C, *size), and from where to where it is inside the volume along each axis."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import blosc2
 import numpy as np
+from einops import rearrange
 from pydantic import Field
 
 from medmim.errors import SpecError
@@ -18,6 +20,7 @@ from medmim.limits import CONFIG_BYTES, LIST_BYTES, VOXELS, parse_json, read_jso
 from medmim.spec import Modality, Record, Size, Spacing, VolumeSpec
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+BLOCK = 16  # side of what the index says of where the foreground is
 
 HEADER_BYTES = 100_000  # of an array file, in which it says what it is
 
@@ -35,6 +38,8 @@ class StoreEntry(Record):
         offset: Where the crop starts in the resampled volume, in voxels.
         spacing: Of the scan before resampling, in mm, along the scan's own axes.
         foreground: Voxels that are not background.
+        occupancy: Share of them in each block of `BLOCK` cubed, in 255ths rounded up, row-major, a byte a block, as
+            base64; None in a store of an older medmim.
         minimum: Of the whole resampled volume, in the units of the scan: what lies outside the volume.
         percentiles: Of the stored values, in the units of the scan, at `PERCENTILES`.
         low, high, clip: The intensity map of the store's rule for this volume's modality.
@@ -51,6 +56,7 @@ class StoreEntry(Record):
     offset: tuple[int, int, int]
     spacing: Spacing
     foreground: int = Field(ge=0)
+    occupancy: str | None = None
     minimum: float
     percentiles: tuple[float, ...] = Field(min_length=len(PERCENTILES), max_length=len(PERCENTILES))
     low: float
@@ -60,6 +66,13 @@ class StoreEntry(Record):
     @property
     def intensity(self) -> IntensityMap:
         return IntensityMap(self.low, self.high, self.clip)
+
+    def occupied_blocks(self) -> np.ndarray:
+        """Blocks with foreground, integers (blocks, 4): its share in 255ths, and the block's first voxel (d, h, w)."""
+        grid = [-(-side // BLOCK) for side in self.shape]
+        share = np.frombuffer(base64.b64decode(self.occupancy), dtype=np.uint8).reshape(grid)
+        place = np.nonzero(share)
+        return np.stack([share[place].astype(np.int64), *(axis * BLOCK for axis in place)], axis=1)
 
 
 class Store:
@@ -144,6 +157,13 @@ def read_index(folder: Path) -> list[StoreEntry]:
                 entries.append(StoreEntry.parse(parse_json(line, source=source), source=source))
     # Preparing in parallel writes in the order of completion; training must not depend on it.
     return sorted(entries, key=lambda entry: entry.id)
+
+
+def encode_occupancy(foreground: np.ndarray) -> str:
+    """`StoreEntry.occupancy` of a stored volume, from which of its voxels (D, H, W) are foreground."""
+    whole = np.pad(foreground, [(0, -side % BLOCK) for side in foreground.shape])
+    blocks = rearrange(whole, "(d p) (h q) (w r) -> d h w (p q r)", p=BLOCK, q=BLOCK, r=BLOCK)
+    return base64.b64encode(np.ceil(255 * blocks.mean(axis=-1)).astype(np.uint8).tobytes()).decode()
 
 
 def write_array(folder: Path, name: str, array: np.ndarray) -> None:

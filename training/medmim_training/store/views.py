@@ -15,18 +15,22 @@ Size = tuple[int, int, int]
 
 
 class Views(Protocol):
-    """Draws the boxes of one sample."""
+    """Draws the boxes of one sample, `count` of them."""
 
-    def starts(self, shape: Size, size: Size, generator: np.random.Generator) -> np.ndarray:
-        """Where each view starts in a volume of `shape`: (V, 3) integers, for crops of `size`."""
+    count: int
+
+    def starts(self, first: np.ndarray, shape: Size, size: Size, generator: np.random.Generator) -> np.ndarray:
+        """Where each view starts in a volume of `shape`, the first one at `first`: (V, 3) integers, for `size`."""
 
 
 @dataclass(frozen=True)
 class OneCrop:
-    """One box anywhere in the volume; one that is smaller than the crop lies anywhere in it."""
+    """One box."""
 
-    def starts(self, shape: Size, size: Size, generator: np.random.Generator) -> np.ndarray:
-        return _anywhere(shape, size, generator)[None]
+    count: int = 1
+
+    def starts(self, first: np.ndarray, shape: Size, size: Size, generator: np.random.Generator) -> np.ndarray:
+        return first[None]
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,7 @@ class OverlappingCrops:
     count: int = 2
     overlap: float = 0.5
 
-    def starts(self, shape: Size, size: Size, generator: np.random.Generator) -> np.ndarray:
-        first = _anywhere(shape, size, generator)
+    def starts(self, first: np.ndarray, shape: Size, size: Size, generator: np.random.Generator) -> np.ndarray:
         low, high = _range(shape, size)
         reach = np.floor(np.array(size) * (1 - self.overlap)).astype(int)
         low, high = np.maximum(low, first - reach), np.minimum(high, first + reach)
@@ -56,6 +59,13 @@ def _range(shape: Size, size: Size) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(room, 0), np.maximum(room, 0)
 
 
-def _anywhere(shape: Size, size: Size, generator: np.random.Generator) -> np.ndarray:
+def anywhere(shape: Size, size: Size, generator: np.random.Generator) -> np.ndarray:
+    """A start anywhere in the volume; a volume that is smaller than the crop lies anywhere in it."""
     low, high = _range(shape, size)
     return generator.integers(low, high + 1)
+
+
+def around(voxel: np.ndarray, shape: Size, size: Size) -> np.ndarray:
+    """The start that puts a voxel into the middle of the crop, or as near to it as the volume's border allows."""
+    low, high = _range(shape, size)
+    return np.clip(voxel - np.array(size) // 2, low, high)

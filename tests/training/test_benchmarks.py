@@ -1,0 +1,57 @@
+"""The benchmarks run and say what they should, at sizes that take seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+FOLDER = Path(__file__).parents[2] / "training" / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def test_ratios_are_of_the_same_round():
+    from common import compare
+
+    result = compare({"ours": [1.0, 2.0, 4.0], "theirs": [3.0, 6.0, 12.0]}, "ours")
+    assert result["times_ours"] == {"theirs": {"median": 3.0, "quartiles": [3.0, 3.0]}}
+    assert result["seconds"]["ours"]["median"] == 2.0
+
+
+def test_crops(tmp_path):
+    import crops
+
+    crops.main(shape=(40, 36, 32), side=16, rounds=2, out=tmp_path / "crops.json")
+    result = json.loads((tmp_path / "crops.json").read_text())
+    assert {"medmim", "torch.load (PersistentDataset)", "nii.gz"} <= set(result["seconds"])
+    assert result["machine"]["torch"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")  # MONAI's
+def test_a_step(tmp_path):
+    import step
+
+    network = step.Network(side=32, width=96, depth=2, heads=2, decoder_width=48, decoder_depth=1, decoder_heads=2)
+    step.measure(network, batch=2, precision="fp32", rounds=2, memory=False, out=tmp_path / "step.json")
+    result = json.loads((tmp_path / "step.json").read_text())
+    assert set(result["times_medmim"]) == {"monai", "timm"}
+    assert 0 < result["share_of_matrix_product_rate"] < 1
+    assert sum(result["time_goes_to"].values()) == pytest.approx(1, abs=0.01)
+    weights = result["million_weights"]
+    assert weights["timm"] == weights["medmim"]
+    assert weights["monai"] == pytest.approx(weights["medmim"], rel=0.02)  # it has a class token
+
+
+def test_curves(finished, tmp_path):
+    import curves
+
+    curves.main([finished[1]], out=tmp_path / "curves.png")
+    assert imread(tmp_path / "curves.png")[..., :3].std() > 0.05
+    np.testing.assert_allclose(curves.smooth(np.arange(30.0))[[0, 1, 29]], [0, 0.5, 24.5])

@@ -1,0 +1,270 @@
+"""One optimizer step of MAE3D against the same network of MONAI and of timm's blocks.
+
+    python training/benchmarks/step.py
+
+ViT-B/16 on 96-cubed crops, three quarters hidden, decoder 384 wide and 4 deep, squared error on hidden voxels, clipped
+gradients, AdamW. MONAI's `MaskedAutoEncoderViT` runs in fp32, the only precision it works in; the others in
+`--precision`. Besides: the step's share of the rate of plain matrix products measured in the same run, what the time
+goes to, and the peak memory of each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import typer
+from common import RESULTS, compare, median, take_turns, write_result
+from monai.networks.nets import MaskedAutoEncoderViT
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import medmim
+from medmim.layers.position import sincos_position
+from medmim.layers.tokens import patchify
+from medmim_training.methods.mae import MAE
+from medmim_training.plan import matrix_product_rate
+from medmim_training.precision import DTYPES, resolve_precision
+
+
+@dataclass(frozen=True)
+class Network:
+    """Sizes of the network that all candidates build."""
+
+    side: int = 96
+    patch: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    decoder_width: int = 384
+    decoder_depth: int = 4
+    decoder_heads: int = 6
+    ratio: float = 0.75
+
+
+def main(
+    batch: int = 4,
+    precision: str = "auto",
+    rounds: int = 5,
+    memory: bool = True,
+    out: Path = RESULTS / "step.json",
+) -> None:
+    """Measures, and writes the result to OUT."""
+    measure(Network(), batch=batch, precision=precision, rounds=rounds, memory=memory, out=out)
+
+
+def measure(network: Network, *, batch: int, precision: str, rounds: int, memory: bool, out: Path) -> None:
+    """The benchmark, for a network of any size."""
+    precision = resolve_precision(precision)
+    models = {name: make(network) for name, make in CANDIDATES.items()}
+    steps = {name: make_step(name, *model, network, batch, precision) for name, model in models.items()}
+    with FlopCounterMode(display=False) as counter:
+        steps["medmim"]()
+    flops = counter.get_total_flops()
+    rates: list[float] = []
+
+    def matrices() -> None:
+        rates.append(matrix_product_rate(precision, seconds=0.5))
+
+    times = take_turns({"matrices": matrices, **steps}, rounds=rounds)
+    del times["matrices"]
+    shares = [flops / seconds / rate for seconds, rate in zip(times["medmim"], rates[-rounds:], strict=True)]
+    result = {
+        "what": f"one optimizer step, batch {batch}, {network}",
+        "precision": {"medmim": precision, "timm": precision, "monai": "fp32"},
+        "million_weights": {name: _trained(model) / 1e6 for name, (model, _) in models.items()},
+        **compare(times, "medmim"),
+        "gflop": round(flops / 1e9, 1),
+        "share_of_matrix_product_rate": median(shares),
+        "matrix_product_gflops": round(max(rates) / 1e9, 1),
+        "time_goes_to": breakdown(steps["medmim"]),
+    }
+    if memory:
+        result["peak_megabytes"] = {name: peak_memory(name, network, batch, precision) for name in CANDIDATES}
+    write_result(out, result)
+
+
+# --- the candidates: each a function that makes one step -------------------------------------------------------------
+
+
+Candidate = tuple[nn.Module, Callable[[Tensor], Tensor]]  # a model, and its loss of volumes (B, 1, D, H, W)
+
+
+def make_step(
+    name: str, model: nn.Module, loss_of: Callable[[Tensor], Tensor], network: Network, batch: int, precision: str
+) -> Callable[[], None]:
+    """What runs one step of a candidate, on the GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train()
+    x = torch.rand(batch, 1, *[network.side] * 3, generator=torch.Generator().manual_seed(0)).to(device)
+    # MONAI's is given the optimizer as it comes; ours is fused, and so timm's is.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=name != "monai")
+    dtype = torch.float32 if name == "monai" else DTYPES[precision]
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            loss = loss_of(x)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def of_medmim(network: Network) -> Candidate:
+    encoder = medmim.create_model(
+        "vit_b_mae3d",
+        img_size=(network.side,) * 3,
+        patch_size=(network.patch,) * 3,
+        embed_dim=network.width,
+        depth=network.depth,
+        num_heads=network.heads,
+    )
+    decoder = {
+        "embed_dim": network.decoder_width,
+        "depth": network.decoder_depth,
+        "num_heads": network.decoder_heads,
+    }
+    method = MAE(encoder, ratio=network.ratio, loss="mse", decoder=decoder)
+    generator = torch.Generator().manual_seed(0)
+    return method, lambda x: method({"x": x[:, None]}, generator).loss
+
+
+def of_monai(network: Network) -> Candidate:
+    model = MaskedAutoEncoderViT(
+        in_channels=1,
+        img_size=network.side,
+        patch_size=network.patch,
+        hidden_size=network.width,
+        mlp_dim=4 * network.width,
+        num_layers=network.depth,
+        num_heads=network.heads,
+        masking_ratio=network.ratio,
+        decoder_hidden_size=network.decoder_width,
+        decoder_mlp_dim=4 * network.decoder_width,
+        decoder_num_layers=network.decoder_depth,
+        decoder_num_heads=network.decoder_heads,
+        qkv_bias=True,
+    )
+
+    def loss_of(x: Tensor) -> Tensor:
+        predicted, hidden = model(x)  # (B, N, V), (B, N)
+        error = (predicted - patchify(x, (network.patch,) * 3)).square().mean(dim=-1)
+        return (error * hidden).sum() / hidden.sum()
+
+    return model, loss_of
+
+
+class TimmMAE(nn.Module):
+    """The same network as one would assemble it from timm's blocks, after the released code of He et al. 2022."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network, patch = network, network.patch
+        grid = (network.side // patch,) * 3
+        self.embed = nn.Conv3d(1, network.width, patch, patch)
+        self.blocks = nn.ModuleList(Block(network.width, network.heads, qkv_bias=True) for _ in range(network.depth))
+        self.norm = nn.LayerNorm(network.width)
+        self.to_decoder = nn.Linear(network.width, network.decoder_width)
+        self.hidden_token = nn.Parameter(torch.zeros(1, 1, network.decoder_width))
+        self.decoder_blocks = nn.ModuleList(
+            Block(network.decoder_width, network.decoder_heads, qkv_bias=True) for _ in range(network.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(network.decoder_width)
+        self.to_voxels = nn.Linear(network.decoder_width, patch**3)
+        self.register_buffer("position", sincos_position(grid, network.width))
+        self.register_buffer("decoder_position", sincos_position(grid, network.decoder_width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).mT + self.position  # (B, N, C)
+        B, N, C = tokens.shape
+        kept = N - int(self.network.ratio * N)
+        order = torch.rand(B, N, device=x.device).argsort(dim=1)
+        tokens = tokens.gather(1, order[:, :kept, None].expand(-1, -1, C))
+        for block in self.blocks:
+            tokens = block(tokens)
+        tokens = self.to_decoder(self.norm(tokens))
+        tokens = torch.cat([tokens, self.hidden_token.expand(B, N - kept, -1).to(tokens.dtype)], dim=1)
+        back = order.argsort(dim=1)[..., None].expand(-1, -1, tokens.shape[-1])
+        tokens = tokens.gather(1, back) + self.decoder_position
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        predicted = self.to_voxels(self.decoder_norm(tokens)).float()  # (B, N, V)
+        hidden = torch.ones(B, N, device=x.device).scatter(1, order[:, :kept], 0.0)
+        error = (predicted - patchify(x, (self.network.patch,) * 3)).square().mean(dim=-1)
+        return (error * hidden).sum() / hidden.sum()
+
+
+def of_timm(network: Network) -> Candidate:
+    model = TimmMAE(network)
+    return model, model
+
+
+CANDIDATES = {"medmim": of_medmim, "monai": of_monai, "timm": of_timm}
+
+
+# --- what else is reported -------------------------------------------------------------------------------------------
+
+KINDS = {
+    "matrix products": ("mm", "addmm", "bmm", "linear", "mkldnn_linear"),
+    "attention": ("flash", "efficient", "softmax", "scaled_dot"),
+    "normalisation": ("layer_norm",),
+    "activation": ("gelu",),
+    "optimizer and clipping": ("adamw", "norm", "foreach"),
+    "casts and copies": ("copy_", "_to_copy", "cat", "clone"),
+    "patches": ("index", "gather", "scatter"),
+}
+
+
+def breakdown(step: Callable[[], None]) -> dict[str, float]:
+    """Shares of a step's time by kind of operator, the largest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+    spent: Counter[str] = Counter()
+    for event in profile.key_averages():
+        spent[_kind(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    total = sum(spent.values())
+    return {kind: round(share / total, 3) for kind, share in spent.most_common()}
+
+
+def _kind(operator: str) -> str:
+    name = operator.removeprefix("aten::").lower()
+    for kind, parts in KINDS.items():
+        if any(name == part or (len(part) > 3 and part in name) for part in parts):
+            return kind
+    return "everything else"
+
+
+def peak_memory(name: str, network: Network, batch: int, precision: str) -> int:
+    """Megabytes at the peak of two steps in a fresh process, on the GPU where there is one."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (name, network, batch, precision, torch.get_num_threads()))
+
+
+def _peak(name: str, network: Network, batch: int, precision: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    step = make_step(name, *CANDIDATES[name](network), network, batch, precision)
+    for _ in range(2):
+        step()
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,69 @@
+"""Optimizer and schedule of a recipe: timm's."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from medmim.errors import SpecError
+from medmim_training.recipe import OptimizerSection, Recipe
+
+NNUNET_POWER = 0.9  # of the polynomial (Isensee et al. 2021)
+
+
+def create_optimizer(method: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimizer over all weights of a method.
+
+    Raises:
+        SpecError: For an optimizer that does not exist, or one that refuses its arguments.
+    """
+    settings = recipe.optimizer
+    # timm hands on what the optimizer's constructor takes; only torch's own have fused kernels.
+    extra = {"fused": True} if settings.name in ("adam", "adamw") else {}
+    try:
+        return create_optimizer_v2(
+            method,
+            opt=settings.name,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            betas=settings.betas,
+            param_group_fn=partial(_by_layer, settings=settings) if settings.layer_decay else None,
+            **extra,
+        )
+    except (ValueError, TypeError) as error:
+        raise SpecError(f"optimizer: {error}; timm.optim.list_optimizers() has the names") from error
+
+
+def _by_layer(method: nn.Module, settings: OptimizerSection) -> list[dict[str, Any]]:
+    """Groups of parameters: the encoder's at rates that shrink towards its input, all others at the full rate."""
+    encoder = method.encoder
+    groups = param_groups_layer_decay(
+        encoder, settings.weight_decay, encoder.no_weight_decay(), layer_decay=settings.layer_decay
+    )
+    others = [(name, weight) for name, weight in method.named_parameters() if not name.startswith("encoder.")]
+    undecayed = {name for name, weight in others if weight.ndim <= 1} | method.no_weight_decay()
+    for weight_decay, chosen in ((settings.weight_decay, False), (0.0, True)):
+        weights = [weight for name, weight in others if (name in undecayed) is chosen]
+        groups.append({"params": weights, "weight_decay": weight_decay})
+    return groups
+
+
+def create_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> Scheduler:
+    """The rate as a function of the step alone, so nothing of it has to be saved."""
+    settings = recipe.schedule
+    common = {
+        "t_initial": settings.steps,
+        "lr_min": settings.min_lr,
+        "warmup_t": settings.warmup,
+        "t_in_epochs": False,
+    }
+    if settings.kind == "poly":
+        return PolyLRScheduler(optimizer, power=NNUNET_POWER, **common)
+    return CosineLRScheduler(optimizer, **common)
