@@ -12,7 +12,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from medmim.factory import create_decoder, create_model, from_pretrained, save_pretrained
     from medmim.inference import embed
     from medmim.registry import is_model, list_models, list_pretrained, model_info, register_model
-    from medmim.spec import ModelSpec, VolumeSpec, WeightsSpec
+    from medmim.spec import ModelSpec, TaskSpec, VolumeSpec, WeightsSpec
+    from medmim.tasks import create_segmenter, name_classes
     from medmim.transforms import create_transform
     from medmim.volumes import Volume, load_volume
 
@@ -23,6 +24,7 @@ _MODULE_OF = {
     "ModelSpec": "spec",
     "ScanError": "errors",
     "SpecError": "errors",
+    "TaskSpec": "spec",
     "UnknownModelError": "errors",
     "Volume": "volumes",
     "VolumeSpec": "spec",
@@ -30,6 +32,7 @@ _MODULE_OF = {
     "WeightsSpec": "spec",
     "create_decoder": "factory",
     "create_model": "factory",
+    "create_segmenter": "tasks",
     "create_transform": "transforms",
     "embed": "inference",
     "from_pretrained": "factory",
@@ -38,6 +41,7 @@ _MODULE_OF = {
     "list_pretrained": "registry",
     "load_volume": "volumes",
     "model_info": "registry",
+    "name_classes": "tasks",
     "register_model": "registry",
     "save_pretrained": "factory",
 }

@@ -211,14 +211,12 @@ def create_transform(
     Raises:
         SpecError: When the model has no weights and `volume` is not given, or the modality is not covered.
     """
-    weights = model.spec.weights if getattr(model, "spec", None) else None
-    if volume is None and weights is None:
+    volume = volume or (model.spec.volume if getattr(model, "spec", None) else None)
+    if volume is None:
         raise SpecError(
             "this model has no pretrained weights, so nothing says how to prepare a scan; pass volume=VolumeSpec(...)"
         )
-    return VolumeTransform(
-        volume or weights.volume, model.img_size, in_chans=model.in_chans, modality=modality, fit=fit
-    )
+    return VolumeTransform(volume, model.img_size, in_chans=model.in_chans, modality=modality, fit=fit)
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------
