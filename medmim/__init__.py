@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 # ruff: noqa: F401
 if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`; a test holds the two together
+    from medmim.classification import classify
     from medmim.errors import MedmimError, ScanError, SpecError, UnknownModelError, WeightsError
     from medmim.factory import create_decoder, create_model, from_pretrained, save_pretrained
     from medmim.inference import embed
     from medmim.registry import is_model, list_models, list_pretrained, model_info, register_model
+    from medmim.segmentation import segment
     from medmim.spec import ModelSpec, TaskSpec, VolumeSpec, WeightsSpec
     from medmim.tasks import create_segmenter, name_classes
     from medmim.transforms import create_transform
@@ -30,6 +32,7 @@ _MODULE_OF = {
     "VolumeSpec": "spec",
     "WeightsError": "errors",
     "WeightsSpec": "spec",
+    "classify": "classification",
     "create_decoder": "factory",
     "create_model": "factory",
     "create_segmenter": "tasks",
@@ -44,6 +47,7 @@ _MODULE_OF = {
     "name_classes": "tasks",
     "register_model": "registry",
     "save_pretrained": "factory",
+    "segment": "segmentation",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

@@ -18,6 +18,7 @@ from medmim.layers.upsampling import upsampling_strides
 from medmim.spec import ModelSpec, VolumeSpec
 
 FITTING = {"vit": ("unetr", "light", "linear"), "resenc": ("unet", "light", "linear"), "swin": ("unet", "light", "linear")}
+THIN = {"unetr": {"feature_size": 2}, "light": {"width": 2}}
 CLASSES = ("background", "anterior", "posterior")
 PAIRS = [(name, decoder) for name in medmim.list_models() for decoder in FITTING[medmim.model_info(name).family]]
 ONE_OF_EACH = [
@@ -30,7 +31,7 @@ ONE_OF_EACH = [
 def tiny_segmenter(name: str, decoder: str, **args):
     torch.manual_seed(0)
     args = {**TINY[medmim.model_info(name).family], **args}
-    return medmim.create_segmenter(name, decoder, classes=CLASSES, **args)
+    return medmim.create_segmenter(name, decoder, classes=CLASSES, decoder_args=THIN.get(decoder), **args)
 
 
 def volumes(model, batch: int = 2) -> torch.Tensor:
@@ -49,7 +50,7 @@ def test_scores_of_each_voxel_with_gradients_down_to_the_first_layer(name, decod
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "decoder"), PAIRS)
+@pytest.mark.parametrize(("name", "decoder"), ONE_OF_EACH)
 def test_saved_and_loaded_is_bit_equal(name, decoder, tmp_path):
     model = tiny_segmenter(name, decoder).eval()
     spec = medmim.save_pretrained(model, tmp_path)
