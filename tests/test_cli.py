@@ -19,7 +19,7 @@ from medmim.samples import sample_scans
 from synthetic import write_scan
 from test_volumes import BROKEN, truncated_mha
 
-COMMANDS = ("list", "info", "embed", "reconstruct", "demo")
+COMMANDS = ("list", "info", "embed", "segment", "classify", "reconstruct", "demo")
 PNG = b"\x89PNG"
 DECODER = {"embed_dim": 24, "depth": 1, "num_heads": 2}
 WEIGHTS = {
