@@ -59,7 +59,9 @@ class ScanTable:
             with open(path, newline="", encoding="utf-8") as file:
                 header, *rows = list(csv.reader(file)) or [[]]
             if header != self.header:
-                raise SpecError(f"{path}: has the columns {', '.join(header)}, as of another model; choose another output")
+                raise SpecError(
+                    f"{path}: has the columns {', '.join(header)}, as of another model; choose another output"
+                )
             self.rows = {row[0]: row[1:] for row in rows if row}
 
     def __contains__(self, scan: str) -> bool:

@@ -138,7 +138,9 @@ def _canvas(extents: list[tuple[float, float]], columns: Sequence[str], title: s
     """A figure with three rows of panels at one scale in mm, and an axis for the colour bar."""
     scale = INCHES / max(width for _, width in extents)
     heights = [height * scale for height, _ in extents]
-    figure = Figure(figsize=(len(columns) * INCHES + 1.1, sum(heights) + 0.75), facecolor=BACKGROUND, layout="constrained")
+    figure = Figure(
+        figsize=(len(columns) * INCHES + 1.1, sum(heights) + 0.75), facecolor=BACKGROUND, layout="constrained"
+    )
     grid = figure.add_gridspec(
         3, len(columns) + 1, height_ratios=heights, width_ratios=[INCHES] * len(columns) + [0.12]
     )

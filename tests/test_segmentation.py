@@ -27,7 +27,9 @@ from medmim.windows import cover, covering_grid, crop_window, to_voxels
 from synthetic import write_scan
 
 CLASSES = ("background", "rim", "core")
-VOLUME = VolumeSpec.parse({"orientation": "RAS", "intensity": {"MR": {"kind": "window", "low": 0, "high": 1000}}}, source="test")
+VOLUME = VolumeSpec.parse(
+    {"orientation": "RAS", "intensity": {"MR": {"kind": "window", "low": 0, "high": 1000}}}, source="test"
+)
 THIN = {"unetr": {"feature_size": 2}, "light": {"width": 2}}
 
 
@@ -174,7 +176,9 @@ def test_the_mask_lies_on_the_scan(tmp_path, axcodes, spacing, turn, network_spa
         ours, theirs = labels == label, truth == label
         assert 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()) > 0.88
     voxel = np.prod(spacing) / 1000
-    assert result.millilitres == pytest.approx({"rim": (labels == 1).sum() * voxel, "core": (labels == 2).sum() * voxel})
+    assert result.millilitres == pytest.approx(
+        {"rim": (labels == 1).sum() * voxel, "core": (labels == 2).sum() * voxel}
+    )
     assert read_segmentation(mask, CLASSES).millilitres == pytest.approx(result.millilitres)
     assert result.millilitres["core"] == pytest.approx(4 / 3 * np.pi * 13 * 17 * 15 / 1000, rel=0.05)
 
@@ -265,7 +269,11 @@ def test_segment_a_folder_then_again(call, segmenter, scans):
     code, out, err = call("segment", scans, "-m", segmenter, "-o", output)
     assert (code, out) == (1, f"{output}: 2 of 3 scans\n")
     assert err == f"medmim: error: {scans / 'broken.nrrd'}: the file is empty; copy or export it again\n"
-    assert sorted(str(p.relative_to(output)) for p in output.rglob("*.*")) == ["a.nii.gz", "inner/a.nii.gz", "volumes.csv"]
+    assert sorted(str(p.relative_to(output)) for p in output.rglob("*.*")) == [
+        "a.nii.gz",
+        "inner/a.nii.gz",
+        "volumes.csv",
+    ]
     header, *body = rows(output / "volumes.csv")
     assert header == ["scan", "rim (ml)", "core (ml)"]
     assert [row[0] for row in body] == ["a", "inner/a"]
@@ -350,7 +358,14 @@ def test_segment_512_x_512_x_600_in_bounded_memory(tmp_path):
         "try:\n    main()\n"
         "finally:\n    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    arguments = ["segment", str(tmp_path / "scan.nii"), "-o", str(tmp_path / "out"), "-m", f"local-dir:{tmp_path}/model"]
+    arguments = [
+        "segment",
+        str(tmp_path / "scan.nii"),
+        "-o",
+        str(tmp_path / "out"),
+        "-m",
+        f"local-dir:{tmp_path}/model",
+    ]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
     print(done.stdout)
     assert nib.load(tmp_path / "out" / "scan.nii.gz").shape == (512, 512, 600)

@@ -17,7 +17,11 @@ from medmim.heads.unetr import UNETRDecoder
 from medmim.layers.upsampling import upsampling_strides
 from medmim.spec import ModelSpec, VolumeSpec
 
-FITTING = {"vit": ("unetr", "light", "linear"), "resenc": ("unet", "light", "linear"), "swin": ("unet", "light", "linear")}
+FITTING = {
+    "vit": ("unetr", "light", "linear"),
+    "resenc": ("unet", "light", "linear"),
+    "swin": ("unet", "light", "linear"),
+}
 THIN = {"unetr": {"feature_size": 2}, "light": {"width": 2}}
 CLASSES = ("background", "anterior", "posterior")
 PAIRS = [(name, decoder) for name in medmim.list_models() for decoder in FITTING[medmim.model_info(name).family]]

@@ -86,7 +86,9 @@ class Segmenter(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The encoder's layers, as timm's layer-wise decay wants them; the decoder is one behind the last."""
         return {
-            group: _below_encoder(patterns) if isinstance(patterns, str) else [(_below_encoder(p), s) for p, s in patterns]
+            group: _below_encoder(patterns)
+            if isinstance(patterns, str)
+            else [(_below_encoder(p), s) for p, s in patterns]
             for group, patterns in self.encoder.group_matcher(coarse).items()
         }
 

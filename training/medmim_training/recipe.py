@@ -153,9 +153,7 @@ def list_recipes(kind: type[RunRecipe] = Recipe) -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
 
 
-def load_recipe(
-    name: str, overrides: list[str] | tuple[str, ...] = (), *, kind: type[AnyRecipe] = Recipe
-) -> AnyRecipe:
+def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = (), *, kind: type[AnyRecipe] = Recipe) -> AnyRecipe:
     """Reads a recipe and applies overrides.
 
     Args:

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from medmim.errors import ScanError, SpecError
+from medmim.layers.tokens import Size
 from medmim.transforms import VolumeTransform, labels_on_grid
 from medmim.volumes import NIFTI_SUFFIXES, find_scans, load_volume
 
@@ -149,7 +151,9 @@ def find_classes(data: str | Path, given: Sequence[str]) -> tuple[str, ...]:
             raise SpecError(f"{data}: nothing names the classes; give classes=[background,NAME,...] in the recipe")
         return tuple(given)
     try:
-        names = {int(label): str(name) for label, name in json.loads(path.read_text(encoding="utf-8"))["labels"].items()}
+        names = {
+            int(label): str(name) for label, name in json.loads(path.read_text(encoding="utf-8"))["labels"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SpecError(f'{path}: no "labels" that map 0, 1, ... to names; give classes= in the recipe') from None
     if sorted(names) != list(range(len(names))):
@@ -233,3 +237,15 @@ def load_case(case: Case, transform: VolumeTransform, *, num_classes: int) -> Lo
         found = ", ".join(f"{value:g}" for value in values[:8].tolist())
         raise ScanError(f"{case.label}: labels must be 0 to {num_classes - 1}, one a class, but it holds {found}")
     return LoadedCase(case.name, x.as_tensor(), labels.to(torch.uint8), tuple(x.pixdim.tolist()))
+
+
+def pad_around(x: Tensor, size: Size, *, value: float) -> tuple[Tensor, tuple[slice, slice, slice]]:
+    """Pads (C, D, H, W) with `value` to at least `size`, around it as the "pad" of `VolumeTransform` does.
+
+    Returns:
+        What is padded, and where in its (D, H, W) the voxels of `x` are.
+    """
+    missing = [max(0, wanted - side) for wanted, side in zip(size, x.shape[1:], strict=True)]
+    inside = tuple(slice(room // 2, room // 2 + side) for room, side in zip(missing, x.shape[1:], strict=True))
+    pad = [part for room in reversed(missing) for part in (room // 2, room - room // 2)]
+    return F.pad(x, pad, value=value), inside

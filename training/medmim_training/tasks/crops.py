@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from monai.transforms import (
     Compose,
     RandAdjustContrastd,
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from medmim.layers.tokens import Size
-from medmim_training.tasks.cases import LoadedCase
+from medmim_training.tasks.cases import LoadedCase, pad_around
 from medmim_training.tasks.recipe import CropSection
 
 KEYS = ("x", "labels")
@@ -43,7 +42,10 @@ class LabelledCrops(Dataset):
         self, cases: Sequence[LoadedCase], size: Size, *, length: int, seed: int, settings: CropSection
     ) -> None:
         self.size, self.length, self.seed, self.settings = size, length, seed, settings
-        self.cases = [_padded(case, size) for case in cases]
+        self.cases = [
+            (pad_around(case.x, size, value=float(case.x.min()))[0], pad_around(case.labels[None], size, value=0)[0][0])
+            for case in cases
+        ]
         generator = np.random.default_rng(0)
         self.places = [_places_of_classes(labels, generator) for _, labels in self.cases]
         self.change = _changes(settings)
@@ -76,13 +78,6 @@ class LabelledCrops(Dataset):
         low = np.clip(centre - np.array(self.size) + 1, 0, room)
         high = np.clip(centre, 0, room)
         return generator.integers(low, high + 1).tolist()
-
-
-def _padded(case: LoadedCase, size: Size) -> tuple[Tensor, Tensor]:
-    """The case (C, D, H, W) and its labels (D, H, W), padded to at least a crop, the same on both sides."""
-    missing = [max(0, wanted - side) for wanted, side in zip(size, case.labels.shape, strict=True)]
-    pad = [part for room in reversed(missing) for part in (room // 2, math.ceil(room / 2))]
-    return F.pad(case.x, pad, value=float(case.x.min())), F.pad(case.labels, pad)
 
 
 def _places_of_classes(labels: Tensor, generator: np.random.Generator) -> list[np.ndarray]:

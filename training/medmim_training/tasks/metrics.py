@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,11 +52,17 @@ def score_case(
             dice, hd95 = 0.0, diagonal
         else:
             dice = 2 * int((ours & theirs).sum()) / sum(sizes)
-            hd95 = compute_hausdorff_distance(
-                ours[None, None], theirs[None, None], include_background=True, percentile=95, spacing=list(spacing)
-            ).item()
+            hd95 = _hd95(ours, theirs, spacing)
         scores.append(Score(name, class_name, dice, hd95))
     return scores
+
+
+def _hd95(ours: Tensor, theirs: Tensor, spacing: tuple[float, float, float]) -> float:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI's, about an argument that MONAI itself passes on
+        return compute_hausdorff_distance(
+            ours[None, None], theirs[None, None], include_background=True, percentile=95, spacing=list(spacing)
+        ).item()
 
 
 def mean_of_cases(scores: Sequence[Score], metric: str) -> np.ndarray:

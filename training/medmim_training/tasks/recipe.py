@@ -8,8 +8,15 @@ from pydantic import Field, field_validator
 
 from medmim.spec import Modality, VolumeSpec
 from medmim_training.precision import Precision
-from medmim_training.recipe import ModelSection, OptimizerSection, OutputSection, Positive, RunRecipe, ScheduleSection, Section
-
+from medmim_training.recipe import (
+    ModelSection,
+    OptimizerSection,
+    OutputSection,
+    Positive,
+    RunRecipe,
+    ScheduleSection,
+    Section,
+)
 
 
 class EncoderSection(ModelSection):

@@ -36,7 +36,16 @@ from medmim_training.precision import resolve_precision
 from medmim_training.preemption import Preempted, stop_requests
 from medmim_training.recipe import load_recipe
 from medmim_training.record import Clock, MetricsLog, Report
-from medmim_training.tasks.cases import LoadedCase, Split, choose, find_cases, find_classes, load_case, split_cases
+from medmim_training.tasks.cases import (
+    LoadedCase,
+    Split,
+    choose,
+    find_cases,
+    find_classes,
+    load_case,
+    pad_around,
+    split_cases,
+)
 from medmim_training.tasks.crops import LabelledCrops
 from medmim_training.tasks.metrics import Score, bootstrap_interval, mean_of_cases, score_case
 from medmim_training.tasks.recipe import FineTuneRecipe
@@ -62,9 +71,7 @@ class Validation:
     @classmethod
     def of(cls, step: int, scores: list[Score]) -> Validation:
         dice, hd95 = (mean_of_cases(scores, metric) for metric in ("dice", "hd95"))
-        return cls(
-            step, float(dice.mean()), bootstrap_interval(dice), float(hd95.mean()), bootstrap_interval(hd95)
-        )
+        return cls(step, float(dice.mean()), bootstrap_interval(dice), float(hd95.mean()), bootstrap_interval(hd95))
 
 
 def finetune(
@@ -159,7 +166,7 @@ class _Run:
     def _claim(self, split: Split) -> None:
         """Makes the run's folder, or checks that the run in it is this recipe's."""
         path = self.folder / RECIPE_FILE
-        if path.is_file() and load_recipe(str(path), kind=FineTuneRecipe) != self.recipe:
+        if path.is_file() and load_recipe(str(path), kind=FineTuneRecipe).to_yaml() != self.recipe.to_yaml():
             raise SpecError(
                 f"{path}: another recipe ran here; choose another folder, or that recipe to go on with its run"
             )
@@ -195,9 +202,7 @@ class _Run:
 
     # --- training -----------------------------------------------------------------------------------------------------
 
-    def train(
-        self, watch: Callable[[Report], None], watch_validation: Callable[[Validation], None]
-    ) -> Segmenter:
+    def train(self, watch: Callable[[Report], None], watch_validation: Callable[[Validation], None]) -> Segmenter:
         every, steps = self.recipe.output, self.recipe.schedule.steps
         batches, waited, since = self._batches(), 0.0, (self.start, time.perf_counter())
         with stop_requests() as stop:
@@ -260,9 +265,7 @@ class _Run:
         self.model.encoder.requires_grad_(encoder)
         self.model.encoder.train(encoder)
 
-    def _report(
-        self, done: int, loss: float, grad_norm: float, waited: float, since: tuple[int, float]
-    ) -> Report:
+    def _report(self, done: int, loss: float, grad_norm: float, waited: float, since: tuple[int, float]) -> Report:
         seconds, spent = time.perf_counter() - since[1], self.clock.read()
         return Report(
             step=done,
@@ -282,7 +285,8 @@ class _Run:
         """Validates, draws a case, and saves everything; the best model so far stays as such."""
         scores = []
         for number, case in enumerate(self.validation):
-            labels = predict_labels(self.model, case.x, overlap=self.recipe.overlap)
+            x, inside = pad_around(case.x, self.model.img_size, value=float(case.x.min()))
+            labels = predict_labels(self.model, x, overlap=self.recipe.overlap)[inside]
             scores += score_case(case.name, labels, case.labels, classes=self.classes, spacing=case.spacing)
             if number == 0:
                 self._draw(case, labels, done)
