@@ -94,7 +94,8 @@ def segment(
 
     Raises:
         ScanError: When the scan cannot be used; the message starts with its path.
-        SpecError: When the model does not segment, nothing says how to prepare the scan, or the modality is not covered.
+        SpecError: When the model does not segment, nothing says how to prepare the scan, or the modality is not
+            covered.
     """
     classes = segmented_classes(model)
     transform = create_transform(model, modality=modality, fit="pad", volume=volume)

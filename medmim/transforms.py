@@ -236,8 +236,8 @@ def labels_on_grid(labels: Volume, *, like: MetaTensor) -> torch.Tensor:
     shape, affine = tuple(like.meta["original_shape"]), np.asarray(like.meta["original_affine"])
     if labels.array.shape[1:] != shape or not np.allclose(labels.affine, affine, atol=LABEL_TOLERANCE):
         raise ScanError(
-            f"{labels.name}: does not lie on its scan ({labels.array.shape[1:]} voxels for {shape}, or another affine); "
-            "resample it to the scan"
+            f"{labels.name}: does not lie on its scan ({labels.array.shape[1:]} voxels for {shape}, or another affine)"
+            "; resample it to the scan"
         )
     source = MetaTensor(torch.from_numpy(labels.array.astype(np.float32)), affine=torch.as_tensor(labels.affine))
     return _resample_to(source, like.affine, like.shape[1:], mode="nearest")[0].as_tensor()

@@ -109,7 +109,7 @@ def load_volume(path: str | Path) -> Volume:
 
 
 def find_scans(folder: str | Path) -> list[Path]:
-    """Scans at any depth below a folder: files by their suffix, and folders that hold DICOM slices (`*.dcm`), sorted."""
+    """Scans at any depth below a folder, sorted: files by their suffix, and folders of DICOM slices (`*.dcm`)."""
     folder = Path(folder)
     files = [path for path in folder.rglob("*") if path.name.lower().endswith(SCAN_SUFFIXES) and path.is_file()]
     series = {path.parent for path in folder.rglob(f"*{DICOM_SUFFIX}")}

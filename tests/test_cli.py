@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 import medmim
-from medmim import cli, factory, reconstruction
+from medmim import factory, reconstruction
 from medmim.heads.mae import MAEDecoder
 from medmim.samples import sample_scans
 from synthetic import write_scan
@@ -44,24 +44,6 @@ def model(tmp_path_factory):
     decoder = MAEDecoder(24, encoder.grid_size, patch_size=encoder.patch_size, **DECODER)
     factory.save_pretrained(encoder, folder, decoder=decoder, weights=WEIGHTS)
     return f"local-dir:{folder}"
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Runs `medmim` with arguments in this process; gives the exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/medmim", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def scan_file(folder, name="scan.nii.gz", **options):

@@ -148,15 +148,15 @@ def grid_of(axcodes: str, spacing: tuple[float, ...], turn: float = 0.0):
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd"])
 def test_the_mask_lies_on_the_scan(tmp_path, axcodes, spacing, turn, network_spacing, suffix):
     array, affine = grid_of(axcodes, spacing, turn)
-    scan, mask = tmp_path / f"scan{suffix}", tmp_path / "mask.nii.gz"
+    scan, written = tmp_path / f"scan{suffix}", tmp_path / "mask.nii.gz"
     nib.Nifti1Image(array, affine).to_filename(tmp_path / "scan.nii.gz")
     if suffix != ".nii.gz":
         sitk.WriteImage(sitk.ReadImage(str(tmp_path / "scan.nii.gz")), str(scan))
     volume = VOLUME.model_copy(update={"spacing": network_spacing})
     result = segment(Thresholds(), scan, volume=volume)
-    result.save(mask)
+    result.save(written)
 
-    by_nibabel, by_itk, scan_by_itk = nib.load(mask), sitk.ReadImage(str(mask)), sitk.ReadImage(str(scan))
+    by_nibabel, by_itk, scan_by_itk = nib.load(written), sitk.ReadImage(str(written)), sitk.ReadImage(str(scan))
     np.testing.assert_allclose(by_nibabel.affine, affine, atol=1e-4)
     np.testing.assert_allclose(by_nibabel.get_qform(), affine, atol=1e-4)
     assert by_nibabel.get_data_dtype() == np.uint8
@@ -179,7 +179,7 @@ def test_the_mask_lies_on_the_scan(tmp_path, axcodes, spacing, turn, network_spa
     assert result.millilitres == pytest.approx(
         {"rim": (labels == 1).sum() * voxel, "core": (labels == 2).sum() * voxel}
     )
-    assert read_segmentation(mask, CLASSES).millilitres == pytest.approx(result.millilitres)
+    assert read_segmentation(written, CLASSES).millilitres == pytest.approx(result.millilitres)
     assert result.millilitres["core"] == pytest.approx(4 / 3 * np.pi * 13 * 17 * 15 / 1000, rel=0.05)
 
 
@@ -213,23 +213,6 @@ def test_probabilities_are_the_softmax_of_the_prepared_scan(tmp_path):
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Runs `medmim` with arguments in this process; gives the exit code, standard output and standard error."""
-    from medmim import cli
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["medmim", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capfd.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -277,10 +260,10 @@ def test_segment_a_folder_then_again(call, segmenter, scans):
     header, *body = rows(output / "volumes.csv")
     assert header == ["scan", "rim (ml)", "core (ml)"]
     assert [row[0] for row in body] == ["a", "inner/a"]
-    mask, scan = nib.load(output / "inner" / "a.nii.gz"), nib.load(scans / "inner" / "a.nii")
-    np.testing.assert_allclose(mask.affine, scan.affine)
-    assert mask.shape == scan.shape
-    counts = np.bincount(np.asarray(mask.dataobj).ravel(), minlength=3)
+    written, scan = nib.load(output / "inner" / "a.nii.gz"), nib.load(scans / "inner" / "a.nii")
+    np.testing.assert_allclose(written.affine, scan.affine)
+    assert written.shape == scan.shape
+    counts = np.bincount(np.asarray(written.dataobj).ravel(), minlength=3)
     assert [float(v) for v in body[1][1:]] == pytest.approx(counts[1:] * 6 / 1000, rel=1e-4)
 
     (scans / "broken.nrrd").unlink()

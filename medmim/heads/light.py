@@ -9,7 +9,7 @@ from medmim.layers.upsampling import upsampling_strides
 
 
 class LightDecoder(nn.Module):
-    """Upsamples the last map step by step, at half the width each time (the "naive" decoder of Zheng et al. 2021, SETR).
+    """Upsamples the last map step by step, at half the width each time (as the "PUP" of SETR, Zheng et al. 2021).
 
     Args:
         encoder: Any encoder.

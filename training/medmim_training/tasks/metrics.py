@@ -66,7 +66,7 @@ def _hd95(ours: Tensor, theirs: Tensor, spacing: tuple[float, float, float]) -> 
 
 
 def mean_of_cases(scores: Sequence[Score], metric: str) -> np.ndarray:
-    """The mean over the classes of each case, in the order of the cases: (cases,); those without a value are left out."""
+    """The mean over the classes of each case that has a value, in the order of the cases: (cases,)."""
     values: dict[str, list[float]] = {}
     for score in scores:
         value = getattr(score, metric)
