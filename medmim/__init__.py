@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 
 # ruff: noqa: F401
 if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`; a test holds the two together
+    from medmim.classification import classify
     from medmim.errors import MedmimError, ScanError, SpecError, UnknownModelError, WeightsError
     from medmim.export import export_model
     from medmim.factory import create_decoder, create_model, from_pretrained, save_pretrained
     from medmim.inference import embed
     from medmim.publish import push_to_hub
     from medmim.registry import is_model, list_models, list_pretrained, model_info, register_model
-    from medmim.spec import ModelSpec, VolumeSpec, WeightsSpec
+    from medmim.segmentation import segment
+    from medmim.spec import ModelSpec, TaskSpec, VolumeSpec, WeightsSpec
+    from medmim.tasks import create_segmenter, name_classes
     from medmim.timm_models import register_with_timm
     from medmim.transforms import create_transform
     from medmim.volumes import Volume, load_volume
@@ -26,13 +29,16 @@ _MODULE_OF = {
     "ModelSpec": "spec",
     "ScanError": "errors",
     "SpecError": "errors",
+    "TaskSpec": "spec",
     "UnknownModelError": "errors",
     "Volume": "volumes",
     "VolumeSpec": "spec",
     "WeightsError": "errors",
     "WeightsSpec": "spec",
+    "classify": "classification",
     "create_decoder": "factory",
     "create_model": "factory",
+    "create_segmenter": "tasks",
     "create_transform": "transforms",
     "embed": "inference",
     "export_model": "export",
@@ -42,10 +48,12 @@ _MODULE_OF = {
     "list_pretrained": "registry",
     "load_volume": "volumes",
     "model_info": "registry",
+    "name_classes": "tasks",
     "push_to_hub": "publish",
     "register_model": "registry",
     "register_with_timm": "timm_models",
     "save_pretrained": "factory",
+    "segment": "segmentation",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

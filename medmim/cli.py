@@ -1,4 +1,4 @@
-"""`medmim`: list models, say what they are, embed and reconstruct scans, publish, copy and verify weights."""
+"""`medmim`: look models up; embed, segment, classify and reconstruct scans; publish, copy and verify weights."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from medmim.command import Terminal, report, run
 from medmim.errors import MedmimError, ScanError, UnknownModelError, WeightsError, printable
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from medmim.spec import WeightsSpec
 
 DEFAULT_MODEL = "vit_t_mae3d"
@@ -51,6 +53,12 @@ SUFFIXES = {Form.ONNX: ".onnx", Form.TORCH_EXPORT: ".pt2"}
 
 ModelOption = Annotated[
     str, typer.Option("-m", "--model", help="Name of `medmim list --pretrained`, hf-hub:ORG/NAME or local-dir:PATH.")
+]
+TaskModelOption = Annotated[
+    str, typer.Option("-m", "--model", help="A model that was fine-tuned: local-dir:PATH or hf-hub:ORG/NAME.")
+]
+ScansArgument = Annotated[
+    list[Path], typer.Argument(help="NIfTI, NRRD or MHA files, DICOM series, or folders of scans at any depth.")
 ]
 ModalityOption = Annotated[
     Modality | None, typer.Option(case_sensitive=False, help="What the scan is; without it, taken from the scan.")
@@ -154,6 +162,99 @@ def embed(
         save_embeddings(output, embeddings)
         _say(f"{output}: {len(embeddings)} of {len(scans)} scans")
     if len(embeddings) < len(scans):
+        raise typer.Exit(1)
+
+
+@app.command()
+def segment(
+    scans: ScansArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the masks and `volumes.csv`.")],
+    model: TaskModelOption,
+    modality: ModalityOption = None,
+) -> None:
+    """Labels the voxels of scans: a mask each, in the scan's own voxels, and the volume of each class in millilitres.
+
+    Scans that have their mask are skipped. One that cannot be used is reported and the others go on; the exit code is
+    then 1.
+
+    Example: `medmim segment scans/ -m local-dir:hippocampus -o masks`
+    """
+    from medmim.cohort import ScanTable, name_scans
+    from medmim.segmentation import read_segmentation, segmented_classes
+    from medmim.segmentation import segment as segment_scan
+
+    named = name_scans(scans, outside=output)
+    network = _load(model)
+    classes = segmented_classes(network)
+    table = ScanTable(output / "volumes.csv", [f"{name} (ml)" for name in classes[1:]])
+    masks = {name: output / f"{name}.nii.gz" for name in named}
+    done = [name for name, path in masks.items() if path.is_file()]
+    for name in done:
+        if name not in table:  # the run was stopped between the two
+            table.add(name, read_segmentation(masks[name], classes).millilitres.values())
+
+    def label(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
+        result = segment_scan(network, scan, modality=modality and modality.value, progress=progress)
+        result.save(masks[name])
+        table.add(name, result.millilitres.values())
+
+    _each_scan({name: scan for name, scan in named.items() if name not in done}, label, output, len(done))
+
+
+@app.command()
+def classify(
+    scans: ScansArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV file to write, or to add to.")],
+    model: TaskModelOption,
+    modality: ModalityOption = None,
+) -> None:
+    """Writes the probability of each class for each scan.
+
+    Scans that have their row are skipped. One that cannot be used is reported and the others go on; the exit code is
+    then 1.
+
+    Example: `medmim classify scans/ -m local-dir:adrenal -o classes.csv`
+    """
+    _require_suffix(output, ".csv")
+    from medmim.classification import classified_classes
+    from medmim.classification import classify as classify_scan
+    from medmim.cohort import ScanTable, name_scans
+
+    named = name_scans(scans)
+    network = _load(model)
+    table = ScanTable(output, classified_classes(network))
+    left = {name: scan for name, scan in named.items() if name not in table}
+
+    def add_row(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
+        table.add(name, classify_scan(network, scan, modality=modality and modality.value).values())
+
+    _each_scan(left, add_row, output, len(named) - len(left))
+
+
+def _load(name: str) -> nn.Module:
+    """A model with its weights, on a GPU where there is one."""
+    import torch
+
+    from medmim.factory import create_model
+
+    return create_model(name, pretrained=True, device="cuda" if torch.cuda.is_available() else None)
+
+
+def _each_scan(
+    scans: Mapping[str, Path], do: Callable[[str, Path, Callable[[int, int], None]], None], output: Path, done: int
+) -> None:
+    """Does something to each scan; one that cannot be used is reported and the others go on."""
+    failed = 0
+    for i, (name, scan) in enumerate(scans.items(), start=1):
+        try:
+            with _progress(f"{i}/{len(scans)} {name}") as progress:
+                do(name, scan, progress)
+        except ScanError as error:
+            report(error)
+            failed += 1
+    skipped = f", {done} were there already" if done else ""
+    _say(f"{output}: {len(scans) - failed} of {len(scans)} scans{skipped}")
+    if failed:
         raise typer.Exit(1)
 
 

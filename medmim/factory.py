@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from medmim import hub, registry
 from medmim.checkpoints import load_strictly, misfit, read_tensors, without_values, write_tensors
 from medmim.errors import MedmimError, SpecError, UnknownModelError, WeightsError
+from medmim.heads.segmenter import Segmenter, split_encoder
 from medmim.limits import VOXELS, limited_construction
-from medmim.spec import ModelSpec, WeightsSpec
+from medmim.spec import ModelSpec, TaskSpec, WeightsSpec
 
 # By the kind that a record of weights names; a class from elsewhere is never built.
 DECODERS = {"mae": "medmim.heads.mae:MAEDecoder"}
@@ -89,9 +90,9 @@ def create_model(
 
     loads = pretrained or checkpoint_path is not None
     if loads or place is not None:  # what a file asks for is tried where it costs nothing
-        model = _construct_within_limits(family.cls, args, name)
+        model = _construct_within_limits(family.cls, args, name, stored.task)
     if not loads:
-        model = _construct(family.cls, args, name)
+        model = _with_decoder(_construct(family.cls, args, name), stored.task, name)
     weights = None
     if checkpoint_path is not None:
         tensors = read_tensors([Path(checkpoint_path)])
@@ -103,7 +104,7 @@ def create_model(
         tensors = read_tensors(hub.fetch_encoder(place, weights))
         _fill(model, args, family, stored, tensors, source=str(place), device=device, dtype=dtype)
     model.to(device=device, dtype=dtype).train(not loads)
-    model.spec = stored.model_copy(update={"args": args, "weights": weights})
+    model.spec = stored.model_copy(update={"args": args, "weights": weights, "task": _task_kept(stored, args)})
     # Where files that belong to these weights (the decoder) will be looked for; a token is not kept in a model.
     model.weights_place = place.without_token() if weights is not None else None
     return model
@@ -238,10 +239,13 @@ def save_pretrained(
     if model.spec is None:
         raise WeightsError("the model has no spec, so no config.json can be written; build it with create_model")
     family = registry.find_family(model.spec.family, needed_by=model.spec.name)
-    args = dict(model.spec.args)
-    args |= {key: getattr(model, key) for key in CHANGEABLE if key in _accepted(family.cls) and hasattr(model, key)}
+    args, encoder = dict(model.spec.args), model.encoder if isinstance(model, Segmenter) else model
+    args |= {key: getattr(encoder, key) for key in CHANGEABLE if key in _accepted(family.cls) and hasattr(encoder, key)}
+    task = model.spec.task
+    if task is not None and len(task.classes) != model.num_classes:
+        raise WeightsError(f"{model.spec.name} has {model.num_classes} outputs, its task names {len(task.classes)}")
     with without_values():
-        described = _construct(family.cls, args, model.spec.name)
+        described = _with_decoder(_construct(family.cls, args, model.spec.name), task, model.spec.name)
     fault = misfit(described, model.state_dict())
     if fault:
         raise WeightsError(f"{model.spec.name} was changed since it was built, and could not be loaded back ({fault})")
@@ -263,6 +267,7 @@ def save_pretrained(
                 "family": model.spec.family,
                 "args": args,
                 "weights": WeightsSpec.parse(record, source="weights") if record is not None else None,
+                "task": task,
             },
             source="model.spec",
         )
@@ -345,6 +350,24 @@ def resolve(
     return spec, hub.place_of_weights(spec.name, info.weights[0], access)
 
 
+def _with_decoder(encoder: nn.Module, task: TaskSpec | None, name: str) -> nn.Module:
+    """The model of a task: a segmenter around the encoder, or the encoder, which has its own classifier."""
+    if task is None or task.decoder is None:
+        return encoder
+    try:
+        return Segmenter(encoder, task.decoder, num_classes=len(task.classes))
+    except MedmimError:
+        raise
+    except UNBUILDABLE as error:
+        raise SpecError(f"the decoder of {name} cannot be built with these arguments: {error}") from error
+
+
+def _task_kept(stored: ModelSpec, args: Mapping[str, Any]) -> TaskSpec | None:
+    """The stored task, unless the model was given another classifier than the task's."""
+    is_other = args.get("num_classes") != stored.args.get("num_classes")
+    return None if is_other and stored.task is not None and stored.task.kind == "classification" else stored.task
+
+
 def _accepted(cls: Callable[..., nn.Module]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(cls).parameters)
 
@@ -391,12 +414,14 @@ def _construct(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str
         raise SpecError(f"{name} cannot be built with these arguments: {error}") from error
 
 
-def _construct_within_limits(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str) -> nn.Module:
+def _construct_within_limits(
+    cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str, task: TaskSpec | None = None
+) -> nn.Module:
     """The model on the meta device, where it takes no memory; refused when it is larger than any honest one."""
     if math.prod(args.get("img_size", ())) > VOXELS:
         raise SpecError(f"{name}: img_size has more than {VOXELS} voxels, which no scan has; it is not believed")
     with without_values(), limited_construction(name):
-        return _construct(cls, args, name)
+        return _with_decoder(_construct(cls, args, name), task, name)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -456,6 +481,10 @@ def _adapt(
     if family.adapt is None:
         return tensors
     tensors = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    if isinstance(model, Segmenter):
+        encoder, decoder = split_encoder(tensors)
+        adapted = _adapt(family, model.encoder, encoder, source_args, source)
+        return decoder | {f"encoder.{key}": tensor for key, tensor in adapted.items()}
     try:
         return family.adapt(tensors, model, source_args)
     except UNBUILDABLE as error:

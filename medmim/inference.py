@@ -127,7 +127,7 @@ def dense_features(
     total = torch.zeros(grid_size)
     fill, parameter = float(x.min()), next(model.parameters())
     windows = list(cover(grid_size, model.grid_size, overlap=overlap))
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size]
             crops = torch.stack([crop_window(x, window, model.patch_size, fill=fill) for window in batch])
@@ -192,7 +192,7 @@ def _token_to_voxel(patch_size: Size) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and back to exactly what each module was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

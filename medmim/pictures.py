@@ -1,13 +1,16 @@
-"""One picture of a reconstruction: what was there, what was shown, what came back, and how far off it is."""
+"""Pictures of a reconstruction (what was there, what was shown, what came back, how far off it is) and of labels."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from torch import Tensor
 
 from medmim.files import atomic_write
 from medmim.reconstruction import Reconstruction
@@ -44,7 +47,7 @@ def reconstruction_picture(
     original, prediction = (x[0].cpu().numpy() for x in (reconstruction.original, reconstruction.prediction))
     hidden = reconstruction.hidden.cpu().numpy()
     extents = [_extent(original.shape, spacing, top, left, orientation) for _, top, left in PLANES]
-    figure, axes, colour_bar = _canvas(extents, title)
+    figure, axes, colour_bar = _canvas(extents, COLUMNS, title)
 
     low, high = float(original.min()), float(original.max())
     high = high if high > low else low + 1
@@ -56,19 +59,63 @@ def reconstruction_picture(
         for panel, image, style in zip(panels, images, (grey, grey, grey, heat), strict=True):
             panel.imshow(image, extent=(0, width, height, 0), interpolation="nearest", **style)
         panels[0].set_ylabel(name, color=INK, fontsize=11)
-        for letter, x, y in ((top, 0.5, 0.95), (left, 0.05, 0.5), (OPPOSITE[left], 0.95, 0.5)):
-            _letter(panels[0], letter, x, y)
+        _letters(panels[0], top, left)
     bar = figure.colorbar(axes[0][3].images[0], cax=colour_bar)
     bar.ax.tick_params(colors=INK, labelsize=8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def _plane(volume: np.ndarray, top: str, left: str, orientation: str) -> np.ndarray:
-    """The middle slice of (D, H, W) with the side `top` of the patient at the top and `left` at the left."""
+def segmentation_picture(
+    x: Tensor,
+    labels: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    orientation: str = "RAS",
+    title: str = "",
+) -> None:
+    """Draws three planes (rows) of a scan's first channel, plain and with each of several labellings over it, as PNG.
+
+    The planes go through the middle of what the first labelling marks.
+
+    Args:
+        x: (C, D, H, W).
+        labels: (D, H, W) integers by what they are called; 0 is transparent, others have the colour of their number.
+        path: File to write; replaced as a whole or not at all.
+        spacing: mm along (D, H, W).
+        orientation: Axis codes of (D, H, W).
+        title: A line above the picture.
+    """
+    scan = x[0].cpu().numpy()
+    labellings = {name: each.cpu().numpy() for name, each in labels.items()}
+    marked = np.argwhere(next(iter(labellings.values())))
+    centre = marked.mean(axis=0).round().astype(int) if len(marked) else np.array(scan.shape) // 2
+    extents = [_extent(scan.shape, spacing, top, left, orientation) for _, top, left in PLANES]
+    figure, axes, unused = _canvas(extents, ("scan", *labellings), title)
+    unused.remove()
+    for panels, (name, top, left), (height, width) in zip(axes, PLANES, extents, strict=True):
+        style = {"extent": (0, width, height, 0), "interpolation": "nearest"}
+        for panel, labelling in zip(panels, (None, *labellings.values()), strict=True):
+            panel.imshow(_plane(scan, top, left, orientation, centre), cmap="gray", **style)
+            if labelling is not None:
+                plane = _plane(labelling, top, left, orientation, centre)
+                colours = ListedColormap(matplotlib.colormaps["tab10"].colors)
+                shown = np.ma.masked_equal(plane, 0)
+                panel.imshow((shown - 1) % 10, cmap=colours, vmin=-0.5, vmax=9.5, alpha=0.6, **style)
+        panels[0].set_ylabel(name, color=INK, fontsize=11)
+        _letters(panels[0], top, left)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _plane(
+    volume: np.ndarray, top: str, left: str, orientation: str, centre: Sequence[int] | None = None
+) -> np.ndarray:
+    """A slice of (D, H, W), the middle one or that at `centre`, with the side `top` of the patient at the top."""
     rows, columns = (_axis(side, orientation) for side in (top, left))
     through = 3 - rows - columns
-    image = volume.take(volume.shape[through] // 2, axis=through)
+    image = volume.take((np.array(volume.shape) // 2 if centre is None else centre)[through], axis=through)
     image = image if rows < columns else image.T
     # An index grows towards its axis code, and row 0 and column 0 are the top and the left.
     return np.flip(image, [axis for axis, side in enumerate((top, left)) if side in orientation])
@@ -87,21 +134,31 @@ def _axis(side: str, orientation: str) -> int:
     return next(axis for axis, code in enumerate(orientation) if code in (side, OPPOSITE[side]))
 
 
-def _canvas(extents: list[tuple[float, float]], title: str):
-    """A figure with 3 x 4 panels at one scale in mm, and an axis for the colour bar."""
+def _canvas(extents: list[tuple[float, float]], columns: Sequence[str], title: str):
+    """A figure with three rows of panels at one scale in mm, and an axis for the colour bar."""
     scale = INCHES / max(width for _, width in extents)
     heights = [height * scale for height, _ in extents]
-    figure = Figure(figsize=(4 * INCHES + 1.1, sum(heights) + 0.75), facecolor=BACKGROUND, layout="constrained")
-    grid = figure.add_gridspec(3, 5, height_ratios=heights, width_ratios=[INCHES] * 4 + [0.12])
-    axes = [[figure.add_subplot(grid[row, column]) for column in range(4)] for row in range(3)]
+    figure = Figure(
+        figsize=(len(columns) * INCHES + 1.1, sum(heights) + 0.75), facecolor=BACKGROUND, layout="constrained"
+    )
+    grid = figure.add_gridspec(
+        3, len(columns) + 1, height_ratios=heights, width_ratios=[INCHES] * len(columns) + [0.12]
+    )
+    axes = [[figure.add_subplot(grid[row, column]) for column in range(len(columns))] for row in range(3)]
     for panel in (panel for row in axes for panel in row):
         panel.set(xticks=[], yticks=[], facecolor=BACKGROUND, anchor="C")
         panel.spines[:].set_visible(False)
-    for panel, name in zip(axes[0], COLUMNS, strict=True):
+    for panel, name in zip(axes[0], columns, strict=True):
         panel.set_title(name, color=INK, fontsize=11)
     if title:
         figure.suptitle(title, color=INK, fontsize=12)
-    return figure, axes, figure.add_subplot(grid[1, 4])
+    return figure, axes, figure.add_subplot(grid[1, -1])
+
+
+def _letters(panel, top: str, left: str) -> None:
+    """Marks the patient's sides on a panel."""
+    for letter, x, y in ((top, 0.5, 0.95), (left, 0.05, 0.5), (OPPOSITE[left], 0.95, 0.5)):
+        _letter(panel, letter, x, y)
 
 
 def _letter(panel, letter: str, x: float, y: float) -> None:

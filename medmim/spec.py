@@ -172,7 +172,7 @@ class Evidence(Record):
 
 
 class PartSpec(Record):
-    """A module published beside the encoder (the pretraining decoder): its kind and constructor arguments."""
+    """A module beside the encoder (of pretraining, or of a segmenter): its kind and constructor arguments."""
 
     kind: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     args: Arguments = Field(default_factory=dict)
@@ -224,8 +224,32 @@ class WeightsSpec(Record):
 NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 
 
+class TaskSpec(Record):
+    """What a model was made to do beyond encoding.
+
+    Attributes:
+        kind: "segmentation" has an output a voxel and class, "classification" one a volume and class.
+        classes: Their names in the order of the outputs; for segmentation the first is the background.
+        decoder: What a segmenter has behind its encoder.
+        volume: The preprocessing that it was trained with, which may differ from that of the encoder's pretraining.
+    """
+
+    kind: Literal["segmentation", "classification"]
+    classes: tuple[str, ...] = Field(min_length=2)
+    decoder: PartSpec | None = None
+    volume: VolumeSpec | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"two of the classes have the same name: {', '.join(self.classes)}")
+        if (self.kind == "segmentation") != (self.decoder is not None):
+            raise ValueError("a segmentation needs a decoder, a classification has none")
+        return self
+
+
 class ModelSpec(Record):
-    """A model: its catalog name, its family (which class builds it), its arguments and the weights it holds.
+    """A model: its catalog name, its family (which class builds it), its arguments, the weights it holds and its task.
 
     This is what `config.json` stores and what `model.spec` returns.
     """
@@ -235,6 +259,14 @@ class ModelSpec(Record):
     family: str = Field(pattern=NAME.pattern)
     args: Arguments = Field(default_factory=dict)
     weights: WeightsSpec | None = None
+    task: TaskSpec | None = None
+
+    @property
+    def volume(self) -> VolumeSpec | None:
+        """The preprocessing that the model expects: that of its task, else that of its weights."""
+        if self.task is not None and self.task.volume is not None:
+            return self.task.volume
+        return self.weights.volume if self.weights is not None else None
 
     @property
     def name(self) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 AIR = -300  # HU; below it lie air, lung and the outside of a patient, and nothing in MR or PET
 AIR_FRACTION = 0.01
 
+LABEL_TOLERANCE = 1e-2  # mm: programs round what they write into headers
 SLAB_VOXELS = 8_000_000  # resampled at a time on the way back; a coordinate grid needs 12 bytes a voxel
 
 
@@ -214,14 +215,35 @@ def create_transform(
     Raises:
         SpecError: When the model has no weights and `volume` is not given, or the modality is not covered.
     """
-    weights = model.spec.weights if getattr(model, "spec", None) else None
-    if volume is None and weights is None:
+    volume = volume or (model.spec.volume if getattr(model, "spec", None) else None)
+    if volume is None:
         raise SpecError(
             "this model has no pretrained weights, so nothing says how to prepare a scan; pass volume=VolumeSpec(...)"
         )
-    return VolumeTransform(
-        volume or weights.volume, model.img_size, in_chans=model.in_chans, modality=modality, fit=fit
-    )
+    return VolumeTransform(volume, model.img_size, in_chans=model.in_chans, modality=modality, fit=fit)
+
+
+def labels_on_grid(labels: Volume, *, like: MetaTensor) -> torch.Tensor:
+    """Brings the labels of a scan to the grid that the scan was brought to, each voxel from the nearest.
+
+    Args:
+        labels: In the scan's own voxels, one channel.
+        like: What a `VolumeTransform` made of the scan.
+
+    Returns:
+        (D, H, W) float32 on the grid of `like`; zero outside of the scan.
+
+    Raises:
+        ScanError: When the labels do not have the scan's shape and place.
+    """
+    shape, affine = tuple(like.meta["original_shape"]), np.asarray(like.meta["original_affine"])
+    if labels.array.shape[1:] != shape or not np.allclose(labels.affine, affine, atol=LABEL_TOLERANCE):
+        raise ScanError(
+            f"{labels.name}: does not lie on its scan ({labels.array.shape[1:]} voxels for {shape}, or another affine)"
+            "; resample it to the scan"
+        )
+    source = MetaTensor(torch.from_numpy(labels.array.astype(np.float32)), affine=torch.as_tensor(labels.affine))
+    return _resample_to(source, like.affine, like.shape[1:], mode="nearest")[0].as_tensor()
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 DICOM_SUFFIX = ".dcm"
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -118,6 +119,14 @@ def load_volume(path: str | Path) -> Volume:
         known = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES, DICOM_SUFFIX))
         raise ScanError(f"{path}: not a known scan format; give a file that ends in {known}, or a DICOM folder")
     return Volume(array[None], affine, path, modality)
+
+
+def find_scans(folder: str | Path) -> list[Path]:
+    """Scans at any depth below a folder, sorted: files by their suffix, and folders of DICOM slices (`*.dcm`)."""
+    folder = Path(folder)
+    files = [path for path in folder.rglob("*") if path.name.lower().endswith(SCAN_SUFFIXES) and path.is_file()]
+    series = {path.parent for path in folder.rglob(f"*{DICOM_SUFFIX}")}
+    return sorted([*files, *series])
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import tempfile
 
 import pytest
@@ -83,3 +84,22 @@ def tiny_weights(tiny_folder, registry, monkeypatch, tmp_path):
     folder.rename(hub.PACKAGED / "tiny.fake")
     registry.register_model("tiny", family="vit", args=spec.args, weights=[spec.weights])
     return spec
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Runs `medmim` with arguments in this process; gives the exit code, standard output and standard error."""
+    from medmim import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/medmim", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capfd.readouterr()
+
+    return run

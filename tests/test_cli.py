@@ -15,13 +15,16 @@ import torch
 from safetensors import safe_open
 
 import medmim
-from medmim import cli, factory, hub, reconstruction
+from medmim import factory, hub, reconstruction
 from medmim.heads.mae import MAEDecoder
 from medmim.samples import sample_scans
 from synthetic import write_scan
 from test_volumes import BROKEN, truncated_mha
 
-COMMANDS = ("list", "info", "embed", "reconstruct", "export", "cards", "demo", "push", "mirror", "verify")
+COMMANDS = (
+    *("list", "info", "embed", "segment", "classify", "reconstruct", "demo"),
+    *("export", "cards", "push", "mirror", "verify"),
+)
 PNG = b"\x89PNG"
 DECODER = {"embed_dim": 24, "depth": 1, "num_heads": 2}
 WEIGHTS = {
@@ -46,24 +49,6 @@ def model(tmp_path_factory):
     decoder = MAEDecoder(24, encoder.grid_size, patch_size=encoder.patch_size, **DECODER)
     factory.save_pretrained(encoder, folder, decoder=decoder, weights=WEIGHTS)
     return f"local-dir:{folder}"
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Runs `medmim` with arguments in this process; gives the exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/medmim", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def scan_file(folder, name="scan.nii.gz", **options):

@@ -1,4 +1,4 @@
-"""The decoder of a U-Net: from a feature pyramid to a map at full resolution."""
+"""The decoder of a U-Net: from a feature pyramid to a map at full resolution, and that as a segmentation decoder."""
 
 from __future__ import annotations
 
@@ -60,9 +60,50 @@ class UNetDecoder(nn.Module):
         for up, merge in zip(self.up, self.merge, strict=True):
             x = up(x)
             if skips:
-                x = torch.cat([x, skips.pop()], dim=1)  # (B, width + skip, d, h, w)
+                skip = skips.pop()
+                d, h, w = skip.shape[2:]
+                # Swin rounds odd sides up: what it added behind is cut off again.
+                x = torch.cat([x[:, :, :d, :h, :w], skip], dim=1)  # (B, width + skip, d, h, w)
             x = leaky_relu_(merge(x))
         return self.to_voxels(x)
+
+
+class UNetSegmentationDecoder(nn.Module):
+    """A U-Net decoder over all maps of a pyramid.
+
+    A pyramid that starts below full resolution gets the volume itself, after two convolutions, as its finest map; so
+    does SwinUNETR (Hatamizadeh et al. 2022), whose other skips go through residual blocks, which are left out here.
+
+    Args:
+        encoder: One whose maps become coarser, such as a residual or a Swin encoder.
+        num_classes: K, the background included.
+
+    Raises:
+        ValueError: For an encoder whose maps all have one resolution.
+    """
+
+    norm_taps = True  # has an effect on Swin, where it is SwinUNETR's choice
+
+    def __init__(self, encoder: nn.Module, *, num_classes: int) -> None:
+        super().__init__()
+        channels = [info["num_chs"] for info in encoder.feature_info]
+        reductions = [info["reduction"] for info in encoder.feature_info]
+        if len(set(reductions)) < len(reductions) or len(reductions) < 2:
+            raise ValueError("it takes a pyramid of maps, and those of this encoder have one resolution; use unetr")
+        self.taps = tuple(range(len(channels) - 1))
+        self.stem: nn.Module | None = None
+        if reductions[0] != (1, 1, 1):
+            width = channels[0] // 2
+            self.stem = nn.Sequential(
+                ConvNorm(encoder.in_chans, width), nn.LeakyReLU(0.01), ConvNorm(width, width), nn.LeakyReLU(0.01)
+            )
+            self.stem.apply(init_convolutional)
+            channels, reductions = [width, *channels], [(1, 1, 1), *reductions]
+        self.unet = UNetDecoder(channels, reductions, out_channels=num_classes)
+
+    def forward(self, x: Tensor, maps: list[Tensor]) -> Tensor:
+        """Scores (B, K, D, H, W) from the volume (B, in_chans, D, H, W) and all maps, fine to coarse."""
+        return self.unet(maps if self.stem is None else [self.stem(x), *maps])
 
 
 def _ratio(coarse: Size, fine: Size) -> Size:

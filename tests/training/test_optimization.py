@@ -18,8 +18,8 @@ def with_optimizer(recipe: Recipe, **changes) -> Recipe:
 def rates(recipe: Recipe, step: int) -> tuple[torch.nn.Module, dict[str, float], dict[str, float]]:
     """The method, and the rate and the decay of each weight at a step."""
     method = build_method(recipe)
-    optimizer = create_optimizer(method, recipe)
-    create_schedule(optimizer, recipe).step_update(step)
+    optimizer = create_optimizer(method, recipe.optimizer)
+    create_schedule(optimizer, recipe.schedule).step_update(step)
     names = {id(weight): name for name, weight in method.named_parameters()}
     groups = [(names[id(weight)], group) for group in optimizer.param_groups for weight in group["params"]]
     assert sorted(name for name, _ in groups) == sorted(names.values())  # each weight once
@@ -56,7 +56,7 @@ def test_only_matrices_decay(recipe, name, method, kept, layer_decay):
 
 
 def test_sgd_takes_its_momentum_and_looks_ahead(recipe):
-    optimizer = create_optimizer(build_method(recipe), with_optimizer(recipe, name="sgd", momentum=0.99))
+    optimizer = create_optimizer(build_method(recipe), with_optimizer(recipe, name="sgd", momentum=0.99).optimizer)
     assert all(group["momentum"] == 0.99 and group["nesterov"] for group in optimizer.param_groups)
 
 

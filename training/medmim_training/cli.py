@@ -1,4 +1,4 @@
-"""`medmim-train`: prepare scans, pretrain, package and publish weights."""
+"""`medmim-train`: prepare scans, pretrain, package and publish weights, fine-tune."""
 
 from __future__ import annotations
 
@@ -148,6 +148,49 @@ def _print_plan(recipe: Recipe, tflops: float | None) -> None:
     ):
         table.add_row(name, value)
     console.print(table)
+
+
+@app.command()
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="Recipe name (finetune/...) or YAML file.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run; a run in it resumes.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, for example data=FOLDER labels=10% seed=1")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")] = None,
+) -> None:
+    """Fine-tunes an encoder for segmentation; resumes where an interrupted run stopped.
+
+    Example: `medmim-train finetune finetune/vit_t_unetr data=Task04_Hippocampus labels=10% -o runs/hippocampus`
+    """
+    import torch
+
+    from medmim_training.recipe import load_recipe
+    from medmim_training.record import Report
+    from medmim_training.tasks.recipe import FineTuneRecipe
+    from medmim_training.tasks.segmentation import MODEL, Validation
+    from medmim_training.tasks.segmentation import finetune as run_finetuning
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = load_recipe(recipe, overrides or [], kind=FineTuneRecipe)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(chosen.name, total=chosen.schedule.steps, state="")
+
+        def watch(step: Report) -> None:
+            state = f"loss {step.loss:.4f}  {step.crops_per_second:.1f} crops/s  {step.seconds_left / 60:.0f} min left"
+            progress.update(task, completed=step.step, state=state)
+
+        def watch_validation(found: Validation) -> None:
+            low, high = found.dice_interval
+            progress.console.print(
+                f"step {found.step}: Dice {found.dice:.4f} ({low:.4f} to {high:.4f}), HD95 {found.hd95:.2f} mm",
+                highlight=False,
+            )
+
+        run_finetuning(chosen, out, watch=watch, watch_validation=watch_validation)
+    console.print(f"done: {out}; use it: medmim segment SCAN -m local-dir:{out / MODEL} -o masks", soft_wrap=True)
 
 
 @app.command()

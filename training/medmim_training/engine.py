@@ -128,8 +128,8 @@ class _Run:
             shard(self.method, self.accelerator.device)
             if self.average is not None:
                 shard(self.average.module, self.accelerator.device)
-        optimizer = create_optimizer(self.method, recipe)
-        self.schedule = create_schedule(optimizer, recipe)
+        optimizer = create_optimizer(self.method, recipe.optimizer)
+        self.schedule = create_schedule(optimizer, recipe.schedule)
         if checkpoint:
             load_whole(optimizer, checkpoint["optimizer"])
         # What is split needs no DDP around it, only autocast within.

@@ -12,18 +12,17 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from medmim.errors import SpecError
-from medmim_training.recipe import OptimizerSection, Recipe
+from medmim_training.recipe import OptimizerSection, ScheduleSection
 
 NNUNET_POWER = 0.9  # of the polynomial (Isensee et al. 2021)
 
 
-def create_optimizer(method: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimizer over all weights of a method.
+def create_optimizer(method: nn.Module, settings: OptimizerSection) -> torch.optim.Optimizer:
+    """The optimizer over all weights of a method, or of a segmenter; those that are frozen are left out.
 
     Raises:
         SpecError: For an optimizer that does not exist, or one that refuses its arguments.
     """
-    settings = recipe.optimizer
     # timm hands on what the optimizer's constructor takes; only torch's own have fused kernels.
     extra = {"fused": True} if settings.name in ("adam", "adamw") else {}
     try:
@@ -55,9 +54,8 @@ def _by_layer(method: nn.Module, settings: OptimizerSection) -> list[dict[str, A
     return groups
 
 
-def create_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> Scheduler:
+def create_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleSection) -> Scheduler:
     """The rate as a function of the step alone, so nothing of it has to be saved."""
-    settings = recipe.schedule
     common = {
         "t_initial": settings.steps,
         "lr_min": settings.min_lr,

@@ -1,4 +1,4 @@
-"""A pretraining run as data: validated, loaded from YAML, overridable by `key=value`.
+"""A run as data: validated, loaded from YAML, overridable by `key=value`. `Recipe` is that of pretraining.
 
 Unknown keys are refused with the nearest known one, so that a misspelt setting never trains with a default.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -112,7 +112,20 @@ class OutputSection(Section):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
-class Recipe(Section):
+class RunRecipe(Section):
+    """What every kind of recipe has; `of_tasks` says whether the packaged ones are those in the folder finetune."""
+
+    of_tasks: ClassVar[bool] = False
+
+    name: str
+    summary: str
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as it is kept beside a run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class Recipe(RunRecipe):
     """Everything that decides a pretraining run, but for the store and the folder it writes to.
 
     Attributes:
@@ -123,8 +136,6 @@ class Recipe(Section):
         compile: Compiles the parts that the encoder repeats, its blocks; worth its minutes on a GPU.
     """
 
-    name: str
-    summary: str
     model: ModelSection
     method: MethodSection
     volume: VolumeSpec
@@ -139,9 +150,8 @@ class Recipe(Section):
     output: OutputSection = OutputSection()
     seed: int = Field(0, ge=0)
 
-    def to_yaml(self) -> str:
-        """The whole recipe, defaults included, as it is kept beside a run."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 
 
 def recipe_folder() -> Path:
@@ -151,35 +161,38 @@ def recipe_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
-def list_recipes() -> list[str]:
-    """Names of the packaged recipes, such as "small/vit_t_mae3d"."""
+def list_recipes(kind: type[RunRecipe] = Recipe) -> list[str]:
+    """Names of the packaged recipes of a kind, such as "small/vit_t_mae3d"."""
     folder = recipe_folder()
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(name for name in names if name.startswith("finetune/") == kind.of_tasks)
 
 
-def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = (), *, kind: type[AnyRecipe] = Recipe) -> AnyRecipe:
     """Reads a recipe and applies overrides.
 
     Args:
         name: A packaged recipe, or the path of a YAML file.
         overrides: "dotted.key=value", the value in YAML: "optimizer.lr=3e-4".
+        kind: What it must be.
 
     Raises:
         SpecError: For a missing recipe, an unknown key (with the nearest known ones) or an impossible value.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else recipe_folder() / f"{name}.yaml"
     if not path.is_file():
-        near = difflib.get_close_matches(name, list_recipes(), n=3, cutoff=0.4)
-        raise SpecError(f"there is no recipe {name!r}; nearest: {', '.join(near or list_recipes())}")
+        known = list_recipes(kind)
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        raise SpecError(f"there is no recipe {name!r}; nearest: {', '.join(near or known)}")
     data = _parse_yaml(read_text(path, RECIPE_BYTES), source=str(path))
     if not isinstance(data, dict):
         raise SpecError(f"{path}: a recipe is a mapping of keys to values")
     for override in overrides:
         _override(data, override)
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise SpecError(f"{path}: {_explain(error)}") from None
+        raise SpecError(f"{path}: {_explain(error, kind)}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -213,12 +226,12 @@ def _override(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[RunRecipe]) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg']}"
-    section: Any = Recipe
+    section: Any = kind
     for part in first["loc"][:-1]:
         section = section.model_fields[part].annotation
     known = list(section.model_fields)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from medmim.errors import SpecError
 from medmim.limits import LIST_BYTES, read_json, read_text
+from medmim.volumes import find_scans
 
-SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 PATH_COLUMNS = ("file", "image", "path")
 SPLITS = ("training", "validation", "test")
 MODALITIES = {"CT": "CT", "MR": "MR", "MRI": "MR", "PET": "PET", "PT": "PET"}
@@ -60,9 +60,7 @@ def find_sources(source: str | Path, where: list[str] | tuple[str, ...] = ()) ->
 
 
 def _search(folder: Path) -> list[Source]:
-    files = [path for path in folder.rglob("*") if path.name.lower().endswith(SUFFIXES) and path.is_file()]
-    series = {path.parent for path in folder.rglob("*.dcm")}
-    return [Source(path, str(path.relative_to(folder))) for path in sorted([*files, *series])]
+    return [Source(path, str(path.relative_to(folder))) for path in find_scans(folder)]
 
 
 def _read_csv(source: Path) -> tuple[list[str], list[dict[str, str]]]:

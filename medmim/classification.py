@@ -1,0 +1,65 @@
+"""The class probabilities of a scan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from medmim.errors import SpecError
+from medmim.heads.segmenter import Segmenter
+from medmim.inference import evaluating
+from medmim.transforms import create_transform
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from medmim.spec import VolumeSpec
+    from medmim.volumes import Volume
+
+
+@torch.inference_mode()
+def classify(
+    model: nn.Module,
+    scan: str | Path | Volume | np.ndarray,
+    *,
+    modality: str | None = None,
+    volume: VolumeSpec | None = None,
+) -> dict[str, float]:
+    """Prepares a scan as the model expects it, cropped or padded around its middle, and classifies it.
+
+    Args:
+        model: A model with a classifier; it runs in evaluation mode, on the device it is on.
+        scan: As for `create_transform`.
+        modality: "CT", "MR" or "PET"; None takes it from the scan.
+        volume: Preprocessing for a model whose spec has none.
+
+    Returns:
+        The probability of each class, by its name.
+
+    Raises:
+        ScanError: When the scan cannot be used; the message starts with its path.
+        SpecError: When the model has no classifier, nothing says how to prepare the scan, or the modality is not
+            covered.
+    """
+    classes = classified_classes(model)
+    x = create_transform(model, modality=modality, volume=volume)(scan).as_tensor()
+    with evaluating(model):
+        scores = model(x[None].to(next(model.parameters())))  # (1, K)
+    return dict(zip(classes, scores[0].float().softmax(dim=0).tolist(), strict=True))
+
+
+def classified_classes(model: nn.Module) -> tuple[str, ...]:
+    """The names of a classifier's classes: "class 0", ... where the model's spec has none.
+
+    Raises:
+        SpecError: For a model that has no classifier.
+    """
+    if isinstance(model, Segmenter) or not model.num_classes:
+        name = model.spec.name if model.spec is not None else type(model).__name__
+        raise SpecError(f"{name} does not classify; `medmim-train finetune` makes a model that does")
+    if model.spec is not None and model.spec.task is not None:
+        return model.spec.task.classes
+    return tuple(f"class {i}" for i in range(model.num_classes))

@@ -1,0 +1,76 @@
+"""Many scans: which ones are meant, what each is called, and a table with a row for each."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from medmim.errors import ScanError, SpecError
+from medmim.files import atomic_write
+from medmim.volumes import SCAN_SUFFIXES, find_scans
+
+
+def name_scans(paths: Iterable[Path], *, outside: Path | None = None) -> dict[str, Path]:
+    """The scans that are meant, by a name without a suffix that no two share.
+
+    Args:
+        paths: Scans, which are called by their file name, and folders of scans at any depth, which are called by their
+            path below the folder. A folder without scans is taken for that of one DICOM series.
+        outside: A folder whose content is left out, such as that of results.
+
+    Raises:
+        ScanError: When two scans would have the same name.
+    """
+    named: dict[str, Path] = {}
+    for path in paths:
+        found = find_scans(path) if path.is_dir() else []
+        if outside is not None:
+            found = [scan for scan in found if outside.absolute() not in scan.absolute().parents]
+        for scan in found or [path]:
+            inner = scan != path
+            name = _without_suffix(scan.relative_to(path).as_posix() if inner else scan.absolute().name)
+            if name in named:
+                raise ScanError(f"{named[name]} and {scan}: both would be called {name}; take them in separate runs")
+            named[name] = scan
+    return named
+
+
+def _without_suffix(name: str) -> str:
+    suffix = max((suffix for suffix in (*SCAN_SUFFIXES, "") if name.lower().endswith(suffix)), key=len)
+    return name[: len(name) - len(suffix)]
+
+
+class ScanTable:
+    """A CSV file with a row a scan and a column a class; it is on disk in full after each row.
+
+    Args:
+        path: The file; rows that it has already stay.
+        columns: Of numbers, besides the first, which is `scan`.
+
+    Raises:
+        SpecError: When the file has other columns.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.header = path, ["scan", *columns]
+        self.rows: dict[str, list[str]] = {}
+        if path.is_file():
+            with open(path, newline="", encoding="utf-8") as file:
+                header, *rows = list(csv.reader(file)) or [[]]
+            if header != self.header:
+                raise SpecError(
+                    f"{path}: has the columns {', '.join(header)}, as of another model; choose another output"
+                )
+            self.rows = {row[0]: row[1:] for row in rows if row}
+
+    def __contains__(self, scan: str) -> bool:
+        return scan in self.rows
+
+    def add(self, scan: str, values: Iterable[float]) -> None:
+        """Adds the row of a scan, or replaces it."""
+        self.rows[scan] = [f"{value:.6g}" for value in values]
+        with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(self.header)
+            writer.writerows([name, *row] for name, row in self.rows.items())

@@ -1,0 +1,226 @@
+"""Segment a scan of any size, in its own voxels, within bounded memory.
+
+Legend: B windows, K classes, (D, H, W) voxels on the network's grid, "own" voxels are those of the scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.data.utils import compute_importance_map
+from torch import Tensor
+
+from medmim.errors import SpecError
+from medmim.files import atomic_write
+from medmim.heads.segmenter import Segmenter
+from medmim.inference import evaluating
+from medmim.transforms import create_transform
+from medmim.windows import cover, covering_grid, crop_window, to_voxels
+
+if TYPE_CHECKING:
+    from medmim.spec import VolumeSpec
+    from medmim.volumes import Volume
+
+BAND_BYTES = 1_000_000_000  # of scores kept at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """Which class each voxel of a scan has.
+
+    Attributes:
+        labels: (D, H, W) uint8, or int16 for more than 256 classes, in the scan's own voxels.
+        affine: (4, 4), the scan's.
+        classes: Names, by label; the first is the background.
+    """
+
+    labels: np.ndarray
+    affine: np.ndarray
+    classes: tuple[str, ...]
+
+    @property
+    def millilitres(self) -> dict[str, float]:
+        """The volume of each class but the background."""
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.classes))
+        voxel = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
+        return {name: int(count) * voxel for name, count in zip(self.classes[1:], counts[1:], strict=False)}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the labels as NIfTI, with the geometry in both of its forms, since programs differ in which they read.
+
+        Raises:
+            OSError: When it cannot be written; nothing is there then.
+        """
+        image = nib.Nifti1Image(self.labels, self.affine)
+        image.set_sform(self.affine, code="scanner")
+        image.set_qform(self.affine, code="scanner")  # without the shear of a tilted gantry, which it cannot express
+        with atomic_write(path) as temporary:
+            image.to_filename(temporary)
+
+
+def read_segmentation(path: str | Path, classes: tuple[str, ...]) -> Segmentation:
+    """What `Segmentation.save` wrote."""
+    image = nib.load(path)
+    return Segmentation(np.asarray(image.dataobj), image.affine, classes)
+
+
+def segment(
+    model: Segmenter,
+    scan: str | Path | Volume | np.ndarray,
+    *,
+    modality: str | None = None,
+    volume: VolumeSpec | None = None,
+    overlap: float = 0.5,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Segmentation:
+    """Prepares a scan as the model expects it, labels all of it, and brings the labels back to the scan's voxels.
+
+    Args:
+        model: From `create_segmenter` or `from_pretrained`.
+        scan: As for `create_transform`.
+        modality: "CT", "MR" or "PET"; None takes it from the scan.
+        volume: Preprocessing for a model whose spec has none.
+        overlap: Share of a window that the next one covers again, 0 to below 1.
+        batch_size: Windows at a time.
+        progress: Called with windows done and windows in all.
+
+    Raises:
+        ScanError: When the scan cannot be used; the message starts with its path.
+        SpecError: When the model does not segment, nothing says how to prepare the scan, or the modality is not
+            covered.
+    """
+    classes = segmented_classes(model)
+    transform = create_transform(model, modality=modality, fit="pad", volume=volume)
+    x = transform(scan)
+    labels = predict_labels(model, x.as_tensor(), overlap=overlap, batch_size=batch_size, progress=progress)
+    labels = MetaTensor(labels[None], meta=x.meta)  # x.meta has the affine too
+    del x  # the largest array here
+    own = transform.inverse(labels, labels=True)
+    return Segmentation(own[0].numpy(), own.affine.numpy(), classes)
+
+
+def segmented_classes(model: Segmenter) -> tuple[str, ...]:
+    """The names of a segmenter's classes.
+
+    Raises:
+        SpecError: For a model that is none.
+    """
+    if not isinstance(model, Segmenter):
+        name = model.spec.name if model.spec is not None else type(model).__name__
+        raise SpecError(f"{name} does not segment; `medmim-train finetune` makes a model that does")
+    return model.spec.task.classes
+
+
+@torch.inference_mode()
+def predict_labels(
+    model: Segmenter,
+    x: Tensor,
+    *,
+    overlap: float = 0.5,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    band_bytes: int = BAND_BYTES,
+) -> Tensor:
+    """Labels a volume of any size window by window (`medmim.windows`).
+
+    Scores of overlapping windows are added with Gaussian weights, because voxels at the rim of a window saw less around
+    them; the class with the highest sum wins. Scores are kept for a band of a window's depth, which moves along D:
+    slices that no window will reach again are labelled and dropped. Where a band over the whole of H is too large, as
+    with many classes, it goes through strips of H one after the other, and windows at a seam are computed twice.
+
+    Args:
+        model: To (B, K, *img_size) from (B, channels, *img_size). It runs in evaluation mode, on the device it is on.
+        x: (channels, D, H, W) in network units.
+        overlap: Share of a window that the next one covers again, 0 to below 1.
+        batch_size: Windows at a time.
+        progress: Called with windows done and windows in all.
+        band_bytes: How large a band of scores may be; at least a window's height is taken.
+
+    Returns:
+        (D, H, W) uint8, or int16 for more than 256 classes, on the CPU; the same whatever `band_bytes` is.
+
+    Raises:
+        ValueError: For an overlap outside [0, 1).
+    """
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap={overlap} must be at least 0 and below 1")
+    depth, height, width = x.shape[1:]
+    labels = torch.zeros(depth, height, width, dtype=torch.uint8 if model.num_classes <= 256 else torch.int16)
+    grid_size = covering_grid(x.shape[1:], model.patch_size, model.grid_size)
+    windows = list(cover(grid_size, model.grid_size, overlap=overlap))
+    row_bytes = 4 * model.num_classes * model.img_size[0] * width
+    rows = max(band_bytes // row_bytes, model.img_size[1])
+    jobs = [
+        (strip, [window for window in windows if _reaches(to_voxels(window, model.patch_size)[1], strip)])
+        for strip in (slice(start, min(start + rows, height)) for start in range(0, height, rows))
+    ]
+    done, total = 0, sum(len(inside) for _, inside in jobs)
+    weight = compute_importance_map(model.img_size, mode="gaussian")
+    fill, parameter = float(x.min()), next(model.parameters())
+    with evaluating(model):
+        for strip, inside in jobs:
+            band = _Band(labels, strip, num_classes=model.num_classes, depth=model.img_size[0])
+            for start in range(0, len(inside), batch_size):
+                batch = inside[start : start + batch_size]
+                crops = torch.stack([crop_window(x, window, model.patch_size, fill=fill) for window in batch])
+                scores = model(crops.to(parameter)).float().cpu()  # (B, K, *img_size)
+                for window, part in zip(batch, scores, strict=True):
+                    band.add(to_voxels(window, model.patch_size), part.mul_(weight))
+                done += len(batch)
+                if progress:
+                    progress(done, total)
+            band.finish()
+    return labels
+
+
+class _Band:
+    """Sums of scores (K, depth, rows, W) over the slices from `first` on, of a strip of H.
+
+    Args:
+        labels: (D, H, W), where what is settled is written.
+        strip: Rows of H.
+        num_classes: K.
+        depth: Slices that a window has.
+    """
+
+    def __init__(self, labels: Tensor, strip: slice, *, num_classes: int, depth: int) -> None:
+        self.labels, self.strip, self.first = labels, strip, 0
+        self.sums = torch.zeros(num_classes, depth, strip.stop - strip.start, labels.shape[2])
+
+    def add(self, voxels: tuple[slice, slice, slice], scores: Tensor) -> None:
+        """Adds the scores (K, d, h, w) of a window, which starts no earlier along D than those before it."""
+        d, h, w = voxels
+        if d.start > self.first:
+            self._settle(d.start - self.first)
+        # What of the window lies in the strip and inside of the volume.
+        low, high = max(h.start, self.strip.start), min(h.stop, self.strip.stop)
+        stop = min(w.stop, self.labels.shape[2])
+        self.sums[:, :, low - self.strip.start : high - self.strip.start, w.start : stop] += scores[
+            :, :, low - h.start : high - h.start, : stop - w.start
+        ]
+
+    def finish(self) -> None:
+        """Labels the slices that are left."""
+        self._settle(len(self.labels) - self.first)
+
+    def _settle(self, slices: int) -> None:
+        """Labels the first slices and moves on by as many."""
+        settled = self.labels[self.first : self.first + slices, self.strip]
+        # Slice by slice, because argmax makes integers of eight bytes.
+        for i, plane in enumerate(settled):
+            plane.copy_(self.sums[:, i].argmax(dim=0))
+        self.sums = self.sums.roll(-slices, dims=1)
+        self.sums[:, self.sums.shape[1] - slices :] = 0
+        self.first += slices
+
+
+def _reaches(side: slice, strip: slice) -> bool:
+    return side.start < strip.stop and side.stop > strip.start

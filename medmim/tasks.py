@@ -1,0 +1,94 @@
+"""Models for a task: an encoder with a decoder that segments, and names for what a model predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from medmim.errors import SpecError
+from medmim.factory import create_model
+from medmim.heads.segmenter import Segmenter
+from medmim.spec import ModelSpec, PartSpec, TaskSpec, VolumeSpec
+
+
+def create_segmenter(
+    encoder: str,
+    decoder: str = "unetr",
+    *,
+    num_classes: int | None = None,
+    classes: Sequence[str] = (),
+    pretrained: bool = False,
+    decoder_args: Mapping[str, Any] | None = None,
+    volume: VolumeSpec | None = None,
+    **kwargs: Any,
+) -> Segmenter:
+    """Builds a segmentation network around an encoder, on request with the encoder's weights.
+
+    Args:
+        encoder: A name as for `create_model`; of a segmenter that was saved, the encoder is taken.
+        decoder: "unetr" for a plain transformer, "unet" for a pyramid (residual and Swin encoders); "light" (transposed
+            convolutions) and "linear" take any encoder.
+        num_classes: K, the background included; may be left out when `classes` are given.
+        classes: Their names, the background first; without them "background", "class 1", ...
+        pretrained: Loads the encoder's weights; the decoder is new either way. The model is then in evaluation mode.
+        decoder_args: Arguments of the decoder, such as `feature_size` of "unetr".
+        volume: Preprocessing, where it is not that of the encoder's weights.
+        **kwargs: As for `create_model`: `img_size`, `in_chans`, `device`, `revision`, ...
+
+    Returns:
+        A model from volumes (B, in_chans, D, H, W) to class scores (B, K, D, H, W).
+
+    Raises:
+        SpecError: For a decoder that does not exist or does not fit, or classes that do not match.
+        UnknownModelError: See `create_model`.
+        WeightsError: See `create_model`.
+    """
+    if num_classes is None and not classes:
+        raise SpecError("a segmenter needs num_classes=, the background included, or classes=, their names")
+    classes = tuple(classes) or ("background", *(f"class {i}" for i in range(1, num_classes)))
+    if num_classes not in (None, len(classes)):
+        raise SpecError(f"num_classes is {num_classes}, but {len(classes)} classes are named")
+    model = create_model(encoder, pretrained, **kwargs)
+    if isinstance(model, Segmenter):
+        model = _encoder_of(model)
+    model.reset_classifier(0)
+    part = PartSpec(kind=decoder, args=dict(decoder_args or {}))
+    segmenter = Segmenter(model, part, num_classes=len(classes))
+    segmenter.decoder.to(next(model.parameters()))
+    segmenter.train(model.training)
+    segmenter.spec = _with_task(model.spec, kind="segmentation", classes=classes, decoder=part, volume=volume)
+    return segmenter
+
+
+def name_classes(model: nn.Module, classes: Sequence[str], *, volume: VolumeSpec | None = None) -> None:
+    """Writes into a model's spec what its outputs mean, so that it is saved with it.
+
+    Args:
+        model: A model with a classifier, or a segmenter.
+        classes: Names in the order of its outputs; for a segmenter the first is the background.
+        volume: Preprocessing, where it is not what the spec says already.
+
+    Raises:
+        SpecError: When there are not as many names as outputs, or two are the same.
+    """
+    if len(classes) != model.num_classes:
+        raise SpecError(f"the model has {model.num_classes} outputs, but {len(classes)} classes are named")
+    if isinstance(model, Segmenter):
+        what = {"kind": "segmentation", "decoder": model.spec.task.decoder}
+    else:
+        what = {"kind": "classification", "decoder": None}
+    model.spec = _with_task(model.spec, classes=classes, volume=volume, **what)
+
+
+def _with_task(spec: ModelSpec, *, classes: Sequence[str], volume: VolumeSpec | None, **what: Any) -> ModelSpec:
+    task = {"classes": tuple(classes), "volume": volume or spec.volume, **what}
+    return spec.model_copy(update={"task": TaskSpec.parse(task, source=f"task of {spec.name}")})
+
+
+def _encoder_of(segmenter: Segmenter) -> nn.Module:
+    """The encoder, with the spec of the segmenter but for its task."""
+    encoder = segmenter.encoder
+    encoder.spec = segmenter.spec.model_copy(update={"task": None})
+    return encoder

@@ -1,0 +1,355 @@
+"""Labels of whole scans: the same as without windows, and where the scan is, whatever its axes and voxels."""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from torch import nn
+
+import medmim
+from fakes import TINY, tiny_model
+from medmim import segmentation
+from medmim.classification import classify
+from medmim.errors import SpecError
+from medmim.heads.segmenter import Segmenter
+from medmim.segmentation import predict_labels, read_segmentation, segment
+from medmim.spec import VolumeSpec
+from medmim.volumes import Volume
+from medmim.windows import cover, covering_grid, crop_window, to_voxels
+from synthetic import write_scan
+
+CLASSES = ("background", "rim", "core")
+VOLUME = VolumeSpec.parse(
+    {"orientation": "RAS", "intensity": {"MR": {"kind": "window", "low": 0, "high": 1000}}}, source="test"
+)
+THIN = {"unetr": {"feature_size": 2}, "light": {"width": 2}}
+
+
+class Thresholds(Segmenter):
+    """Labels each voxel by its value alone: 0 below a third, 1 below two thirds, else 2."""
+
+    def __init__(self, num_classes: int = 3, **sizes):
+        nn.Module.__init__(self)
+        self.encoder = tiny_model(**sizes)
+        self.num_classes = num_classes
+        self.spec = self.encoder.spec
+        task = {"kind": "segmentation", "classes": CLASSES, "decoder": {"kind": "linear"}, "volume": VOLUME}
+        self.spec = medmim.ModelSpec.parse({**self.spec.to_data(), "task": task}, source="test")
+        self.batches = []
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        assert not self.training
+        centres = torch.arange(self.num_classes)[:, None, None, None] / 2
+        return -(x - centres).abs()
+
+
+class Random(Thresholds):
+    """A network that looks around: scores of neighbouring voxels are mixed, and the border of a window is seen."""
+
+    def __init__(self, num_classes: int = 3, **sizes):
+        super().__init__(num_classes, **sizes)
+        self.mix = nn.Conv3d(1, num_classes, 5, padding=2)
+        nn.init.normal_(self.mix.weight, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, x):
+        return self.mix(x)
+
+
+def noise(*shape) -> torch.Tensor:
+    return torch.rand(1, *shape, generator=torch.Generator().manual_seed(1))
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(70, 90, 30), (32, 48, 16), (5, 100, 17)])
+@pytest.mark.parametrize("band_bytes", [10**9, 1])
+def test_a_network_that_sees_one_voxel_labels_as_without_windows(shape, band_bytes):
+    x, model = noise(*shape), Thresholds().train()
+    labels = predict_labels(model, x, overlap=0.4, batch_size=3, band_bytes=band_bytes)
+    assert model.training
+    assert labels.dtype == torch.uint8
+    assert torch.equal(labels, (x[0] * 2).round().to(torch.uint8))
+
+
+@pytest.mark.parametrize("band_bytes", [10**9, 4 * 5 * 32 * 40 * 50, 1])
+def test_labels_are_those_of_the_weighted_sum_over_all_windows(band_bytes):
+    from monai.data.utils import compute_importance_map
+
+    x, model = noise(61, 117, 40), Random(num_classes=5).eval()
+    grid = covering_grid(x.shape[1:], model.patch_size, model.grid_size)
+    sums = torch.zeros(5, *(g * p for g, p in zip(grid, model.patch_size, strict=True)))
+    weight = compute_importance_map(model.img_size, mode="gaussian")
+    with torch.inference_mode():
+        for window in cover(grid, model.grid_size, overlap=0.5):
+            sums[:, *to_voxels(window, model.patch_size)] += weight * model(
+                crop_window(x, window, model.patch_size, fill=float(x.min()))[None]
+            ).squeeze(0)
+    expected = sums[:, : x.shape[1], : x.shape[2], : x.shape[3]].argmax(dim=0)
+    progress = []
+    labels = predict_labels(model, x, band_bytes=band_bytes, progress=lambda *args: progress.append(args))
+    assert torch.equal(labels.long(), expected)
+    assert progress[-1][0] == progress[-1][1] == len(progress)
+    assert len(labels.unique()) == 5
+
+
+def test_many_classes_and_a_wrong_overlap():
+    model = Random(num_classes=300, img_size=(8, 16, 8)).eval()
+    assert predict_labels(model, noise(8, 16, 8)).dtype == torch.int16
+    with pytest.raises(ValueError, match="overlap=1"):
+        predict_labels(model, noise(8, 16, 8), overlap=1)
+
+
+# --- geometry ---------------------------------------------------------------------------------------------------------
+
+
+def head(points: np.ndarray) -> np.ndarray:
+    """A lopsided body at points in mm (..., 3): 0 outside, 500 in the rim, 1000 in a core to the right and front."""
+    rim = ((points / (36, 46, 40)) ** 2).sum(-1) < 1
+    core = (((points - (12, 16, -8)) / (13, 17, 15)) ** 2).sum(-1) < 1
+    return np.where(core, 1000, np.where(rim, 500, 0)).astype(np.int16)
+
+
+def grid_of(axcodes: str, spacing: tuple[float, ...], turn: float = 0.0):
+    """Voxels over the body with these axes: the array and its affine."""
+    order = nib.orientations.axcodes2ornt(axcodes)
+    matrix = np.zeros((3, 3))
+    for column, (axis, sign) in enumerate(order):
+        matrix[int(axis), column] = sign * spacing[column]
+    c, s = np.cos(turn), np.sin(turn)
+    matrix = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ matrix
+    shape = np.ceil(110 / np.array(spacing)).astype(int)
+    affine = np.eye(4)
+    affine[:3, :3] = matrix
+    affine[:3, 3] = -matrix @ ((shape - 1) / 2) + (1.5, -2, 3)
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    return head(index @ affine[:3, :3].T + affine[:3, 3]), affine
+
+
+@pytest.mark.parametrize(
+    ("axcodes", "spacing", "turn"),
+    [
+        ("RAS", (2.0, 2.0, 2.0), 0.0),
+        ("LPS", (1.7, 2.4, 3.0), 0.0),
+        ("SLA", (4.0, 1.5, 2.0), 0.0),
+        ("PIR", (2.0, 2.5, 3.0), 0.2),
+    ],
+)
+@pytest.mark.parametrize("network_spacing", [None, (2.0, 2.0, 2.5)])
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd"])
+def test_the_mask_lies_on_the_scan(tmp_path, axcodes, spacing, turn, network_spacing, suffix):
+    array, affine = grid_of(axcodes, spacing, turn)
+    scan, written = tmp_path / f"scan{suffix}", tmp_path / "mask.nii.gz"
+    nib.Nifti1Image(array, affine).to_filename(tmp_path / "scan.nii.gz")
+    if suffix != ".nii.gz":
+        sitk.WriteImage(sitk.ReadImage(str(tmp_path / "scan.nii.gz")), str(scan))
+    volume = VOLUME.model_copy(update={"spacing": network_spacing})
+    result = segment(Thresholds(), scan, volume=volume)
+    result.save(written)
+
+    by_nibabel, by_itk, scan_by_itk = nib.load(written), sitk.ReadImage(str(written)), sitk.ReadImage(str(scan))
+    np.testing.assert_allclose(by_nibabel.affine, affine, atol=1e-4)
+    np.testing.assert_allclose(by_nibabel.get_qform(), affine, atol=1e-4)
+    assert by_nibabel.get_data_dtype() == np.uint8
+    for mine, theirs in zip(
+        (by_itk.GetSize(), by_itk.GetSpacing(), by_itk.GetOrigin(), by_itk.GetDirection()),
+        (scan_by_itk.GetSize(), scan_by_itk.GetSpacing(), scan_by_itk.GetOrigin(), scan_by_itk.GetDirection()),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+
+    labels = np.asarray(by_nibabel.dataobj)
+    np.testing.assert_array_equal(labels, sitk.GetArrayFromImage(by_itk).T)
+    truth = array // 500
+    if network_spacing is None:
+        np.testing.assert_array_equal(labels, truth)  # nothing was resampled
+    for label in (1, 2):
+        ours, theirs = labels == label, truth == label
+        assert 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()) > 0.88
+    voxel = np.prod(spacing) / 1000
+    assert result.millilitres == pytest.approx(
+        {"rim": (labels == 1).sum() * voxel, "core": (labels == 2).sum() * voxel}
+    )
+    assert read_segmentation(written, CLASSES).millilitres == pytest.approx(result.millilitres)
+    assert result.millilitres["core"] == pytest.approx(4 / 3 * np.pi * 13 * 17 * 15 / 1000, rel=0.05)
+
+
+def test_a_volume_in_memory_is_segmented_too():
+    array, affine = grid_of("RAS", (2.0, 2.0, 2.0))
+    labels = segment(Thresholds(), Volume(array[None], affine)).labels
+    np.testing.assert_array_equal(labels, array // 500)
+
+
+def test_models_of_another_kind_are_refused():
+    with pytest.raises(SpecError, match="vit_t_mae3d does not segment; `medmim-train finetune`"):
+        segment(tiny_model(), "scan.nii.gz")
+    for model in (tiny_model(), Thresholds()):
+        with pytest.raises(SpecError, match="vit_t_mae3d does not classify; `medmim-train finetune`"):
+            classify(model, "scan.nii.gz")
+
+
+# --- classification ---------------------------------------------------------------------------------------------------
+
+
+def test_probabilities_are_the_softmax_of_the_prepared_scan(tmp_path):
+    write_scan(tmp_path / "scan.nii.gz")
+    model = tiny_model(num_classes=3)
+    x = medmim.create_transform(model, volume=VOLUME)(tmp_path / "scan.nii.gz").as_tensor()
+    expected = model.eval()(x[None]).softmax(dim=1)[0].tolist()
+    probabilities = classify(model, tmp_path / "scan.nii.gz", volume=VOLUME)
+    assert probabilities == pytest.approx(dict(zip(("class 0", "class 1", "class 2"), expected, strict=True)))
+    medmim.name_classes(model, CLASSES, volume=VOLUME)
+    assert list(classify(model, tmp_path / "scan.nii.gz")) == list(CLASSES)
+    assert sum(probabilities.values()) == pytest.approx(1)
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def segmenter(tmp_path):
+    torch.manual_seed(0)
+    model = medmim.create_segmenter("vit_t_mae3d", "light", classes=CLASSES, decoder_args=THIN["light"], **TINY["vit"])
+    medmim.name_classes(model, CLASSES, volume=VOLUME)
+    medmim.save_pretrained(model, tmp_path / "segmenter")
+    return f"local-dir:{tmp_path / 'segmenter'}"
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    model = tiny_model(num_classes=2)
+    medmim.name_classes(model, ("benign", "malignant"), volume=VOLUME)
+    medmim.save_pretrained(model, tmp_path / "classifier")
+    return f"local-dir:{tmp_path / 'classifier'}"
+
+
+@pytest.fixture
+def scans(tmp_path):
+    folder = tmp_path / "scans"
+    (folder / "inner").mkdir(parents=True)
+    write_scan(folder / "a.nii.gz", seed=1)
+    write_scan(folder / "inner" / "a.nii", seed=2, shape=(20, 50, 33), spacing=(1.0, 2.0, 3.0))
+    (folder / "broken.nrrd").touch()
+    return folder
+
+
+def rows(path) -> list[list[str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_segment_a_folder_then_again(call, segmenter, scans):
+    output = scans / "masks"
+    code, out, err = call("segment", scans, "-m", segmenter, "-o", output)
+    assert (code, out) == (1, f"{output}: 2 of 3 scans\n")
+    assert err == f"medmim: error: {scans / 'broken.nrrd'}: the file is empty; copy or export it again\n"
+    assert sorted(str(p.relative_to(output)) for p in output.rglob("*.*")) == [
+        "a.nii.gz",
+        "inner/a.nii.gz",
+        "volumes.csv",
+    ]
+    header, *body = rows(output / "volumes.csv")
+    assert header == ["scan", "rim (ml)", "core (ml)"]
+    assert [row[0] for row in body] == ["a", "inner/a"]
+    written, scan = nib.load(output / "inner" / "a.nii.gz"), nib.load(scans / "inner" / "a.nii")
+    np.testing.assert_allclose(written.affine, scan.affine)
+    assert written.shape == scan.shape
+    counts = np.bincount(np.asarray(written.dataobj).ravel(), minlength=3)
+    assert [float(v) for v in body[1][1:]] == pytest.approx(counts[1:] * 6 / 1000, rel=1e-4)
+
+    (scans / "broken.nrrd").unlink()
+    before = (output / "a.nii.gz").stat().st_mtime_ns, (output / "volumes.csv").read_text()
+    code, out, err = call("segment", scans, "-m", segmenter, "-o", output)
+    assert (code, out, err) == (0, f"{output}: 0 of 0 scans, 2 were there already\n", "")
+    assert before == ((output / "a.nii.gz").stat().st_mtime_ns, (output / "volumes.csv").read_text())
+
+    (output / "volumes.csv").unlink()  # what is missing comes from the masks
+    (output / "inner" / "a.nii.gz").unlink()
+    code, out, _ = call("segment", scans, "-m", segmenter, "-o", output)
+    assert (code, out) == (0, f"{output}: 1 of 1 scans, 1 were there already\n")
+    assert (output / "volumes.csv").read_text() == before[1]
+
+
+def test_classify_files_then_again(call, classifier, scans, tmp_path):
+    output = tmp_path / "classes.csv"
+    code, out, err = call("classify", scans / "a.nii.gz", scans / "broken.nrrd", "-m", classifier, "-o", output)
+    assert (code, out) == (1, f"{output}: 1 of 2 scans\n")
+    assert len(err.splitlines()) == 1
+    before = rows(output)
+    assert before[0] == ["scan", "benign", "malignant"]
+    assert sum(map(float, before[1][1:])) == pytest.approx(1, abs=1e-5)
+    (scans / "broken.nrrd").unlink()
+    code, out, _ = call("classify", scans, "-m", classifier, "-o", output)
+    assert (code, out) == (0, f"{output}: 1 of 1 scans, 1 were there already\n")
+    assert rows(output)[:2] == before
+    assert rows(output)[2][0] == "inner/a"
+
+
+def test_what_cannot_go_on_is_one_line(call, segmenter, classifier, scans, tmp_path):
+    def error(*arguments):
+        code, out, err = call(*arguments)
+        assert (code, out, len(err.splitlines())) == (1, "", 1)
+        return err
+
+    table = tmp_path / "classes.csv"
+    table.write_text("scan,other\n")
+    assert "as of another model" in error("classify", scans, "-m", classifier, "-o", table)
+    assert table.read_text() == "scan,other\n"
+    both = scans / "a.nii.gz", scans / "inner" / "a.nii"
+    assert "both would be called a" in error("segment", *both, "-m", segmenter, "-o", tmp_path / "masks")
+    assert "does not segment" in error("segment", scans, "-m", classifier, "-o", tmp_path / "masks")
+    assert "does not classify" in error("classify", scans, "-m", segmenter, "-o", tmp_path / "new.csv")
+    assert "no such folder" in error("segment", scans, "-m", "local-dir:nowhere", "-o", tmp_path / "masks")
+    assert not (tmp_path / "masks").exists()
+
+
+@pytest.mark.parametrize(("num_classes", "band_bytes"), [(3, 10**6), (3, 10**5), (40, 10**6)])
+def test_scores_are_never_kept_for_the_whole_volume(num_classes, band_bytes, monkeypatch):
+    model, kept = Random(num_classes=num_classes, img_size=(16, 16, 8)).eval(), []
+    settle = segmentation._Band._settle
+    monkeypatch.setattr(
+        segmentation._Band, "_settle", lambda band, slices: (kept.append(band.sums.nbytes), settle(band, slices))
+    )
+    predict_labels(model, noise(64, 80, 40), band_bytes=band_bytes)
+    least = num_classes * 16 * 16 * 40 * 4  # of a window's depth and height
+    assert max(kept) <= max(band_bytes, least) < num_classes * 64 * 80 * 40 * 4
+
+
+@pytest.mark.slow
+def test_segment_512_x_512_x_600_in_bounded_memory(tmp_path):
+    """The interpreter takes 0.8 GB, the scan 0.3 GB, in float32 0.6 GB, a band of scores 0.5 GB."""
+    volume = VolumeSpec.parse({"intensity": {"CT": {"kind": "window", "low": -1000, "high": 1000}}}, source="test")
+    model = medmim.create_segmenter(
+        "vit_t_mae3d", "linear", num_classes=3, volume=volume, img_size=(128, 128, 128), patch_size=(32, 32, 32),
+        embed_dim=24, depth=1, num_heads=2,
+    )  # fmt: skip
+    medmim.save_pretrained(model, tmp_path / "model")
+    voxels = np.full((512, 512, 600), -1000, dtype=np.int16, order="F")
+    voxels[60:450, 100:400] = (np.sin(np.linspace(0, 40, 600)) * 300).astype(np.int16)
+    nib.Nifti1Image(voxels, np.diag([0.7, 0.7, 0.8, 1])).to_filename(tmp_path / "scan.nii")
+    script = (
+        "import resource; from medmim.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    arguments = [
+        "segment",
+        str(tmp_path / "scan.nii"),
+        "-o",
+        str(tmp_path / "out"),
+        "-m",
+        f"local-dir:{tmp_path}/model",
+    ]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    print(done.stdout)
+    assert nib.load(tmp_path / "out" / "scan.nii.gz").shape == (512, 512, 600)
+    assert int(re.search(r"peak (\d+)", done.stdout)[1]) < 5 * 2**20  # in KiB

@@ -1,0 +1,495 @@
+"""Fine-tuning for segmentation on volumes made by formula: splits without leaks, crops, scores, the loop."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
+from test_engine import Interrupted, stop_at
+
+import medmim
+from fakes import RECORD, tiny_model
+from medmim.errors import ScanError, SpecError
+from medmim.segmentation import segment
+from medmim.transforms import VolumeTransform
+from medmim_training import cli
+from medmim_training.engine import NonFiniteLossError
+from medmim_training.preemption import Preempted
+from medmim_training.recipe import list_recipes, load_recipe
+from medmim_training.tasks import segmentation
+from medmim_training.tasks.cases import LoadedCase, choose, find_cases, find_classes, load_case, pad_around, split_cases
+from medmim_training.tasks.crops import LabelledCrops
+from medmim_training.tasks.metrics import bootstrap_interval, mean_of_cases, score_case
+from medmim_training.tasks.recipe import CropSection, FineTuneRecipe
+from medmim_training.tasks.segmentation import finetune
+
+CLASSES = ("background", "ball", "box")
+PLAIN = CropSection(rotate=0, scale=0, appearance=0)
+
+
+def write_case(folder, name: str, seed: int, shape=(20, 28, 24)) -> None:
+    """A bright ball and a brighter box somewhere in dim texture."""
+    generator = np.random.default_rng(seed)
+    labels = np.zeros(shape, np.uint8)
+    centre = generator.uniform(6, np.array(shape) - 6)
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    labels[((index - centre) ** 2).sum(-1) < 30] = 1
+    corner = generator.integers(0, np.array(shape) - 7)
+    labels[tuple(slice(c, c + 7) for c in corner)] = 2
+    image = gaussian_filter(generator.normal(100, 60, shape), 1) + 150.0 * labels
+    affine = np.diag([2.0, -2.0, 2.0, 1.0])
+    for kind, array in (("imagesTr", image.astype(np.float32)), ("labelsTr", labels)):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        nib.Nifti1Image(array, affine).to_filename(folder / kind / f"{name}.nii.gz")
+
+
+def write_splits(path, rows: dict[str, tuple[str, int, str]]) -> None:
+    lines = ["case,subject_group,fold,split", *(f"{name},{g},{f},{s}" for name, (g, f, s) in rows.items())]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Eight cases of six subjects in two folds; one subject is for the test."""
+    folder = tmp_path_factory.mktemp("shapes")
+    rows = {}
+    for i in range(8):
+        write_case(folder, f"case_{i}", seed=i)
+        subject = i // 2 if i < 4 else i
+        rows[f"case_{i}"] = (f"s{subject}", subject % 2, "test" if i == 7 else "train")
+    write_splits(folder / "subjects.csv", rows)
+    return folder
+
+
+def make_recipe(data, **changes) -> FineTuneRecipe:
+    recipe = {
+        "name": "tiny",
+        "summary": "seconds",
+        "data": str(data),
+        "classes": CLASSES,
+        "model": {
+            "name": "vit_t_mae3d",
+            "pretrained": False,
+            "args": {
+                "img_size": (16, 24, 24),
+                "patch_size": (4, 8, 8),
+                "embed_dim": 24,
+                "depth": 2,
+                "num_heads": 2,
+                "drop_path_rate": 0.2,
+            },
+        },
+        "decoder": {"name": "light", "args": {"width": 4}},
+        "volume": {"spacing": (2, 2, 2), "intensity": {"MR": {"kind": "percentile"}}},
+        "optimizer": {"lr": 1e-2, "layer_decay": 0.8},
+        "schedule": {"steps": 12, "warmup": 2},
+        "head_warmup": 3,
+        "precision": "fp32",
+        "output": {"log_every": 1, "checkpoint_every": 4},
+    }
+    return FineTuneRecipe.model_validate(recipe | changes)
+
+
+@pytest.fixture(scope="session")
+def recipe(data):
+    return make_recipe(data)
+
+
+@pytest.fixture(scope="session")
+def finished(recipe, tmp_path_factory):
+    """The best model and the folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    return finetune(recipe, folder), folder
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list_recipes(FineTuneRecipe))
+def test_packaged_recipes_are_valid(name):
+    recipe = load_recipe(name, ["data=somewhere", "labels=10%", "seed=3"], kind=FineTuneRecipe)
+    assert recipe.name == name
+    assert (recipe.labels, recipe.seed) == ("10%", 3)
+    recipe = recipe.model_copy(
+        update={"classes": CLASSES, "model": recipe.model.model_copy(update={"pretrained": False})}
+    )
+    assert segmentation.build_segmenter(recipe).spec.task.classes == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("label=10%", "label is no key of a recipe; did you mean 'labels'"),
+        ("crops.rotat=3", "crops.rotat is no key of a recipe; did you mean 'rotate'"),
+        ("labels=ten", "neither a share such as 10% nor a number"),
+        ("labels=0%", "neither a share such as 10% nor a number"),
+        ("decoder.name=vnet", "decoder.name"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(SpecError, match=message):
+        load_recipe("finetune/vit_t_unetr", ["data=somewhere", override], kind=FineTuneRecipe)
+
+
+def test_a_recipe_of_the_other_kind_is_refused():
+    with pytest.raises(SpecError, match=r"small/vit_t_mae3d\.yaml: "):
+        load_recipe("small/vit_t_mae3d", kind=FineTuneRecipe)
+    assert not set(list_recipes()) & set(list_recipes(FineTuneRecipe))
+
+
+def test_how_many_labels_a_share_is(recipe):
+    def count(labels, cases=158):
+        return FineTuneRecipe.model_validate({**recipe.model_dump(), "labels": labels}).count_labels(cases)
+
+    assert (count("10%"), count("100%"), count("0.1%"), count(7), count(200)) == (16, 158, 1, 7, 158)
+
+
+# --- cases and splits -------------------------------------------------------------------------------------------------
+
+
+def test_subjects_stay_together_and_the_test_stays_out(data):
+    cases = find_cases(data)
+    split = split_cases(cases, 0, source="x")
+    assert [case.name for case in split.test] == ["case_7"]
+    groups = [group for side in (split.training, split.validation, split.test) for group in {c.group for c in side}]
+    assert len(set(groups)) == len(groups)
+    assert {case.name for side in (split.training, split.validation, split.test) for case in side} == {
+        f"case_{i}" for i in range(8)
+    }
+    other = split_cases(cases, 1, source="x")
+    assert set(other.training) == set(split.validation)
+    assert set(other.validation) == set(split.training)
+
+
+def test_a_subject_on_two_sides_is_refused(data, tmp_path):
+    rows = {f"case_{i}": (f"s{i}", i % 2, "train") for i in range(8)}
+    for second, split in (("case_1", "train"), ("case_2", "test")):
+        write_splits(tmp_path / "s.csv", {**rows, second: ("s0", int(second[-1]) % 2, split)})
+        with pytest.raises(SpecError, match=r"s\.csv: subject s0 is in more than one"):
+            split_cases(find_cases(data, tmp_path / "s.csv"), 0, source="s.csv")
+
+
+def test_folds_are_drawn_by_subject_where_none_are_given(data, tmp_path):
+    (tmp_path / "s.csv").write_text("case,subject_group\n" + "".join(f"case_{i},s{i // 2}\n" for i in range(8)))
+    cases = find_cases(data, tmp_path / "s.csv")
+    assert cases == find_cases(data, tmp_path / "s.csv")
+    assert len({case.fold for case in cases}) == 4
+    assert all(cases[i].fold == cases[i + 1].fold for i in range(0, 8, 2))
+
+
+def test_a_csv_of_images_and_labels(data, tmp_path):
+    names = [f"case_{i}" for i in range(3)]
+    rows = [f"{data}/imagesTr/{n}.nii.gz,{data}/labelsTr/{n}.nii.gz,{i}" for i, n in enumerate(names)]
+    (tmp_path / "list.csv").write_text("image,label,fold\n" + "\n".join(rows) + "\n")
+    cases = find_cases(tmp_path / "list.csv")
+    assert [(case.name, case.fold) for case in cases] == [("case_0", 0), ("case_1", 1), ("case_2", 2)]
+    assert cases[1].image.is_file()
+
+
+def test_fewer_labels_are_among_more(data):
+    cases = find_cases(data)
+    few, many = choose(cases, 2, seed=5), choose(cases, 5, seed=5)
+    assert set(few) < set(many)
+    assert choose(cases, 2, seed=5) == few != choose(cases, 2, seed=6)
+
+
+def test_what_is_wrong_with_the_data_is_said(data, tmp_path):
+    with pytest.raises(SpecError, match="neither a folder"):
+        find_cases(tmp_path / "nowhere")
+    with pytest.raises(SpecError, match="no scans in imagesTr"):
+        find_cases(tmp_path)
+    write_splits(tmp_path / "s.csv", {"case_0": ("a", 0, "train")})
+    with pytest.raises(SpecError, match=r"s\.csv: says nothing of case_1"):
+        find_cases(data, tmp_path / "s.csv")
+    (tmp_path / "no_case.csv").write_text("name,fold\n")
+    with pytest.raises(SpecError, match="needs the column case"):
+        find_cases(data, tmp_path / "no_case.csv")
+    with pytest.raises(SpecError, match=r"fold 9 leaves nobody .*\[0, 1\]"):
+        split_cases(find_cases(data), 9, source="x")
+    with pytest.raises(SpecError, match="nothing names the classes"):
+        find_classes(data, ())
+
+
+def test_classes_of_the_decathlon(tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "2": "box", "1": "ball"}}))
+    assert find_classes(tmp_path, ()) == CLASSES
+    assert find_classes(tmp_path, ("a", "b")) == ("a", "b")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "3": "box"}}))
+    with pytest.raises(SpecError, match="without gaps"):
+        find_classes(tmp_path, ())
+
+
+def test_labels_that_do_not_fit_are_refused(data, tmp_path):
+    transform = VolumeTransform(make_recipe(data).volume, (1, 1, 1), fit="pad")
+    case = find_cases(data)[0]
+    loaded = load_case(case, transform, num_classes=3)
+    expected = np.flip(np.asarray(nib.load(case.label).dataobj), axis=1)  # the file's axes are RPS
+    np.testing.assert_array_equal(loaded.labels.numpy(), expected)
+    with pytest.raises(ScanError, match=r"case_0\.nii\.gz: labels must be 0 to 1, one a class, but it holds 0, 1, 2"):
+        load_case(case, transform, num_classes=2)
+    write_case(tmp_path, "case_0", 0, shape=(21, 28, 24))
+    other = find_cases(tmp_path)[0]
+    with pytest.raises(ScanError, match="does not lie on its scan"):
+        load_case(type(case)("x", case.image, other.label, "x"), transform, num_classes=3)
+
+
+# --- crops ------------------------------------------------------------------------------------------------------------
+
+
+def shapes(shape=(20, 28, 24)) -> LoadedCase:
+    labels = torch.zeros(shape, dtype=torch.uint8)
+    labels[3, 4, 5] = 1
+    labels[10:, 20:, 20:] = 2
+    return LoadedCase("one", torch.rand(1, *shape) + 1 + labels, labels, (1.0, 1.0, 1.0))
+
+
+def test_a_sample_is_decided_by_its_number():
+    cases = [shapes(), shapes((30, 20, 20))]
+    first, again = (
+        LabelledCrops(cases, (16, 24, 24), length=6, seed=1, settings=CropSection(mirror_axes=(0,))) for _ in range(2)
+    )
+    forwards, backwards = [first[i] for i in range(6)], [again[i] for i in reversed(range(6))][::-1]
+    for one, two in zip(forwards, backwards, strict=True):
+        assert one["x"].shape == one["labels"].shape == (1, 16, 24, 24)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not torch.equal(forwards[0]["x"], forwards[1]["x"])
+
+
+def test_crops_hold_a_class_and_labels_stay_on_their_voxels():
+    settings = PLAIN.model_copy(update={"foreground": 1.0})
+    crops = LabelledCrops([shapes()], (6, 6, 6), length=60, seed=0, settings=settings)
+    seen = [set(crops[i]["labels"].unique().tolist()) for i in range(60)]
+    assert all(labels & {1, 2} for labels in seen)
+    assert 15 < sum(1 in labels for labels in seen) < 45  # one voxel is drawn as often as a block
+    for i in range(20):
+        sample = crops[i]
+        assert torch.equal(
+            (sample["x"] - 1).floor().clamp(max=2), sample["labels"]
+        )  # values are label + 1 + less than 1
+
+
+def test_rotated_labels_are_labels_and_follow_the_image():
+    crops = LabelledCrops([shapes()], (16, 16, 16), length=20, seed=0, settings=CropSection(appearance=0))
+    for i in range(20):
+        labels = crops[i]["labels"]
+        assert set(labels.unique().tolist()) <= {0, 1, 2}
+        inside = distance_transform_edt(labels[0] == 2) > 2
+        assert not inside.any() or crops[i]["x"][0][inside].min() > 2.5
+
+
+def test_small_cases_lie_in_the_middle_as_in_prediction():
+    case = shapes((10, 11, 12))
+    padded, inside = pad_around(case.x, (16, 24, 12), value=-1)
+    assert padded.shape == (1, 16, 24, 12)
+    assert torch.equal(padded[:, *inside], case.x)
+    transform = VolumeTransform(
+        medmim.VolumeSpec.parse({"intensity": {"MR": {"kind": "zscore"}}}, source="x"), (16, 24, 12), fit="pad"
+    )
+    theirs = transform(case.x.numpy())
+    low = float(theirs.min())
+    assert torch.equal(pad_around(theirs.as_tensor()[:, *inside], (16, 24, 12), value=low)[0], theirs.as_tensor())
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_against_distances_computed_otherwise():
+    generator = np.random.default_rng(0)
+    smooth = gaussian_filter(generator.normal(size=(2, 18, 22, 20)), (0, 3, 3, 3))
+    ours, theirs = (torch.from_numpy((each > 0.01).astype(np.uint8)) for each in smooth)
+    spacing = (1.0, 2.0, 0.5)
+    (score,) = score_case("a", ours, theirs, classes=("background", "one"), spacing=spacing)
+    a, b = ours.numpy() > 0, theirs.numpy() > 0
+    assert score.dice == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+    def surface(inside):
+        return inside & ~binary_erosion(inside)
+
+    to_b = distance_transform_edt(~surface(b), sampling=spacing)[surface(a)]
+    to_a = distance_transform_edt(~surface(a), sampling=spacing)[surface(b)]
+    assert score.hd95 == pytest.approx(max(np.percentile(to_b, 95), np.percentile(to_a, 95)), rel=1e-4)
+
+
+def test_classes_that_are_missing():
+    nothing, something = torch.zeros(2, 3, 4, 12, dtype=torch.uint8)
+    something = something.clone()
+    something[0] = 1
+    classes, spacing = CLASSES, (1.0, 1.0, 1.0)
+    one, two = score_case("a", nothing, something, classes=classes, spacing=spacing)
+    assert (one.dice, one.hd95) == (0.0, 13.0)
+    assert math.isnan(two.dice)
+    assert math.isnan(two.hd95)
+    (perfect, _) = score_case("b", something, something, classes=classes, spacing=spacing)
+    assert (perfect.dice, perfect.hd95) == (1.0, 0.0)
+    assert mean_of_cases([one, two, perfect], "dice").tolist() == [0.0, 1.0]
+
+
+def test_the_interval_covers_the_mean_and_narrows():
+    values = np.random.default_rng(0).normal(0.8, 0.1, 200)
+    few, many = bootstrap_interval(values[:20]), bootstrap_interval(values)
+    assert few[0] < values[:20].mean() < few[1]
+    assert many[1] - many[0] < few[1] - few[0]
+    assert many[1] - many[0] == pytest.approx(2 * 1.96 * 0.1 / math.sqrt(200), rel=0.2)
+    assert bootstrap_interval(values) == many
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns(data, tmp_path):
+    recipe = make_recipe(
+        data,
+        decoder={"name": "unetr", "args": {"feature_size": 8}},
+        crops=PLAIN.model_dump(),
+        schedule={"steps": 40, "warmup": 2},
+        output={"log_every": 1, "checkpoint_every": 40},
+        head_warmup=0,
+    )
+    finetune(recipe, tmp_path)
+    curve = [line["loss"] for line in lines(tmp_path / "metrics.jsonl")]
+    assert sum(curve[-5:]) < 0.3 * sum(curve[:5])
+    assert lines(tmp_path / "validation.jsonl")[-1]["dice"] > 0.6
+
+
+def test_what_a_run_leaves(finished, data):
+    model, folder = finished
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "best.pt", "step-00000008.pt", "step-00000012.pt",
+    ]  # fmt: skip
+    assert len(list((folder / "pictures").iterdir())) == 3
+    validations = lines(folder / "validation.jsonl")
+    assert [each["step"] for each in validations] == [4, 8, 12]
+    best = max(validations, key=lambda each: each["dice"])
+    assert best["dice_interval"][0] <= best["dice"] <= best["dice_interval"][1]
+    with open(folder / "scores.csv", newline="") as file:
+        scores = list(csv.DictReader(file))
+    validated = json.loads((folder / "split.json").read_text())["validation"]
+    assert [(row["case"], row["label"]) for row in scores] == [(n, c) for n in validated for c in CLASSES[1:]]
+    means = {n: np.nanmean([float(row["dice"]) for row in scores if row["case"] == n]) for n in validated}
+    assert np.mean(list(means.values())) == pytest.approx(best["dice"], abs=1e-5)
+
+    loaded = medmim.from_pretrained(folder / "model")
+    assert loaded.spec.task.classes == CLASSES
+    assert all(torch.equal(one, two) for one, two in zip(loaded.parameters(), model.parameters(), strict=True))
+    # The scores of the run are those of the saved model on the scan's own voxels: nothing is resampled here.
+    case = next(case for case in find_cases(data) if case.name == validated[0])
+    result = segment(loaded, case.image)
+    truth = np.asarray(nib.load(case.label).dataobj)
+    ball = 2 * ((result.labels == 1) & (truth == 1)).sum() / max(1, ((result.labels == 1).sum() + (truth == 1).sum()))
+    assert ball == pytest.approx(float(scores[0]["dice"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_killed_run_resumes_bit_for_bit(finished, recipe, tmp_path, step):
+    with pytest.raises(Interrupted):
+        finetune(recipe, tmp_path, watch=stop_at(step))
+    resumed = finetune(recipe, tmp_path).state_dict()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in finished[0].state_dict().items())
+    for name in ("validation.jsonl", "scores.csv"):
+        assert (tmp_path / name).read_text() == (finished[1] / name).read_text()
+    assert [line["loss"] for line in lines(tmp_path / "metrics.jsonl")] == [
+        line["loss"] for line in lines(finished[1] / "metrics.jsonl")
+    ]
+
+
+def test_sigterm_saves_and_the_run_goes_on(finished, recipe, tmp_path):
+    def terminate(report):
+        if report.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="saved at step 5"):
+        finetune(recipe, tmp_path, watch=terminate)
+    finetune(recipe, tmp_path)
+    last = [torch.load(f / "checkpoints/step-00000012.pt", weights_only=True) for f in (tmp_path, finished[1])]
+    assert all(torch.equal(last[0]["model"][name], tensor) for name, tensor in last[1]["model"].items())
+
+
+def test_a_frozen_encoder_and_the_warm_up_of_the_head(data, tmp_path, monkeypatch):
+    recipe = make_recipe(data, frozen=True)
+    before = segmentation.build_segmenter(recipe).state_dict()
+    after = finetune(recipe, tmp_path / "frozen").state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name.startswith("encoder."))
+    assert not all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+    warming = make_recipe(data, output={"log_every": 1, "checkpoint_every": 3})
+    with pytest.raises(Interrupted):
+        finetune(warming, tmp_path / "warming", watch=stop_at(5))
+    third = torch.load(tmp_path / "warming/checkpoints/step-00000003.pt", weights_only=True)["model"]
+    assert all(torch.equal(third[name], tensor) for name, tensor in before.items() if name.startswith("encoder."))
+
+
+def test_layers_nearer_to_the_input_learn_more_slowly(recipe, tmp_path):
+    run = segmentation._Run(recipe, tmp_path)
+    run.schedule.step_update(2)
+    rates = {id(p): group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    model = run.model
+    head, block, stem = (
+        rates[id(p)]
+        for p in (
+            model.decoder.to_classes.weight,
+            model.encoder.blocks[0].mlp.fc1.weight,
+            model.encoder.patch_embed.proj.weight,
+        )
+    )
+    assert head > block > stem
+    assert block / stem == pytest.approx(1 / 0.8)
+
+
+def test_pretrained_weights_are_where_it_starts(data, tmp_path):
+    encoder = tiny_model(img_size=(16, 24, 24), patch_size=(4, 8, 8), embed_dim=24, depth=2, num_heads=2)
+    medmim.save_pretrained(encoder, tmp_path / "encoder", weights={**RECORD, "decoder_spec": None})
+    model = {"name": f"local-dir:{tmp_path / 'encoder'}", "pretrained": True}
+    recipe = make_recipe(data, model=model, volume=None, modality="MR", schedule={"steps": 1})
+    built = segmentation.build_segmenter(recipe)
+    assert torch.equal(built.encoder.norm.weight, encoder.norm.weight)
+    assert all(torch.equal(p, q) for p, q in zip(built.encoder.parameters(), encoder.parameters(), strict=True))
+    finetune(recipe, tmp_path / "run")
+    loaded = medmim.from_pretrained(tmp_path / "run" / "model")
+    assert loaded.spec.weights.license == RECORD["license"]
+    assert loaded.spec.volume.spacing == tuple(RECORD["volume"]["spacing"])
+
+
+def test_what_cannot_be_run_is_said(recipe, data, finished, tmp_path, monkeypatch):
+    with pytest.raises(SpecError, match="another recipe ran here"):
+        finetune(make_recipe(data, seed=1), finished[1])
+    with pytest.raises(SpecError, match="give volume= in the recipe"):
+        finetune(make_recipe(data, volume=None), tmp_path / "volume")
+    with pytest.raises(SpecError, match="adamx"):
+        finetune(make_recipe(data, optimizer={"lr": 1e-3, "name": "adamx"}), tmp_path / "optimizer")
+    build = segmentation.build_segmenter
+
+    def broken(*args):
+        model = build(*args)
+        model.decoder.to_classes.bias.data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(segmentation, "build_segmenter", broken)
+    with pytest.raises(NonFiniteLossError, match=r"step 1: the loss is nan; look at case_"):
+        finetune(recipe, tmp_path / "nan")
+
+
+def test_the_command(data, tmp_path, monkeypatch, capfd):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(make_recipe("nowhere", schedule={"steps": 2}).to_yaml())
+    arguments = ["finetune", str(path), f"data={data}", "labels=2", "seed=1", "-o", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["medmim-train", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out = capfd.readouterr().out
+    assert not end.value.code
+    assert "Dice" in out
+    assert f"local-dir:{tmp_path / 'run' / 'model'}" in out
+    assert len(json.loads((tmp_path / "run" / "split.json").read_text())["training"]) == 2

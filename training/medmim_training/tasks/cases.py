@@ -1,0 +1,251 @@
+"""Labelled scans: where they are, and which of them train, validate and test.
+
+Nobody is on both sides: cases of one subject are never split between training and validation, and `test` cases are
+never trained on nor validated with.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medmim.errors import ScanError, SpecError
+from medmim.layers.tokens import Size
+from medmim.transforms import VolumeTransform, labels_on_grid
+from medmim.volumes import NIFTI_SUFFIXES, find_scans, load_volume
+
+IMAGES, LABELS, DATASET, SPLITS = "imagesTr", "labelsTr", "dataset.json", "subjects.csv"
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scan and its labels.
+
+    Attributes:
+        group: Of cases that belong together, such as one subject's; the case itself where nothing is said.
+        fold: Which fold it validates in.
+        is_test: Whether it is kept for the last evaluation.
+    """
+
+    name: str
+    image: Path
+    label: Path
+    group: str
+    fold: int = 0
+    is_test: bool = False
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who trains, validates and is kept for the last evaluation."""
+
+    training: tuple[Case, ...]
+    validation: tuple[Case, ...]
+    test: tuple[Case, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedCase:
+    """A case on the network's grid.
+
+    Attributes:
+        x: (C, D, H, W) float32 in network units.
+        labels: (D, H, W) uint8.
+        spacing: In mm along (D, H, W).
+    """
+
+    name: str
+    x: Tensor
+    labels: Tensor
+    spacing: tuple[float, float, float]
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def find_cases(data: str | Path, splits: str | Path | None = None) -> list[Case]:
+    """All labelled cases, by name, with what the split file says of them.
+
+    Args:
+        data: A Decathlon folder, or a CSV file with the columns `image` and `label` (relative to it), and optionally
+            those of a split file.
+        splits: A CSV file with the column `case` and any of `fold`, `split` ("test" or anything else) and
+            `subject_group`; None for `subjects.csv` in the folder, where it is there.
+
+    Raises:
+        SpecError: For a folder without labelled scans, or a split file that leaves cases out.
+    """
+    data = Path(data)
+    if data.is_dir():
+        cases, rows = _of_folder(data), None
+        if splits is None and (data / SPLITS).is_file():
+            splits = data / SPLITS
+    elif data.is_file():
+        table = _read_rows(data, needed=("image", "label"))
+        cases = [_of_row(row, data) for row in table]
+        rows = {case.name: row for case, row in zip(cases, table, strict=True)}
+    else:
+        raise SpecError(f"{data}: neither a folder with {IMAGES} and {LABELS} nor a CSV file")
+    if splits is not None:
+        rows = {row["case"]: row for row in _read_rows(Path(splits), needed=("case",))}
+    if rows is None:
+        return _draw_folds(cases)
+    cases = [_described(case, rows, str(splits or data)) for case in cases]
+    return cases if any(row.get("fold") for row in rows.values()) else _draw_folds(cases)
+
+
+def split_cases(cases: Sequence[Case], fold: int, *, source: str) -> Split:
+    """Training and validation by fold, and the test cases.
+
+    Args:
+        cases: Of `find_cases`.
+        fold: That validates.
+        source: Named in the error.
+
+    Raises:
+        SpecError: For a fold that nobody is in, or a group that is on two sides.
+    """
+    used = [case for case in cases if not case.is_test]
+    split = Split(
+        training=tuple(case for case in used if case.fold != fold),
+        validation=tuple(case for case in used if case.fold == fold),
+        test=tuple(case for case in cases if case.is_test),
+    )
+    if not split.training or not split.validation:
+        folds = sorted({case.fold for case in used})
+        raise SpecError(f"{source}: fold {fold} leaves nobody to train or validate with; there are folds {folds}")
+    sides = [{case.group for case in side} for side in (split.training, split.validation, split.test)]
+    shared = (sides[0] & sides[1]) | (sides[0] & sides[2]) | (sides[1] & sides[2])
+    if shared:
+        raise SpecError(
+            f"{source}: subject {min(shared)} is in more than one of training, validation and test; give all of its "
+            "cases one fold and one split"
+        )
+    return split
+
+
+def choose(cases: Sequence[Case], number: int, *, seed: int) -> tuple[Case, ...]:
+    """Some of the cases; fewer of them are always among more of them, for the same seed."""
+    order = np.random.default_rng(seed).permutation(len(cases))
+    return tuple(cases[i] for i in sorted(order[:number].tolist()))
+
+
+def find_classes(data: str | Path, given: Sequence[str]) -> tuple[str, ...]:
+    """The names of the classes by label: those given, or those of the Decathlon's `dataset.json`.
+
+    Raises:
+        SpecError: When there are none.
+    """
+    path = Path(data) / DATASET
+    if given or not path.is_file():
+        if len(given) < 2:
+            raise SpecError(f"{data}: nothing names the classes; give classes=[background,NAME,...] in the recipe")
+        return tuple(given)
+    try:
+        names = {
+            int(label): str(name) for label, name in json.loads(path.read_text(encoding="utf-8"))["labels"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SpecError(f'{path}: no "labels" that map 0, 1, ... to names; give classes= in the recipe') from None
+    if sorted(names) != list(range(len(names))):
+        raise SpecError(f"{path}: labels must be 0, 1, 2, ... without gaps, not {sorted(names)}")
+    return tuple(names[label] for label in range(len(names)))
+
+
+def _of_folder(folder: Path) -> list[Case]:
+    images = [path for path in find_scans(folder / IMAGES) if not path.name.startswith(".")]
+    cases = []
+    for image in images:
+        label = folder / LABELS / image.name
+        if not label.is_file():
+            raise SpecError(f"{image}: has no labels, {label} is missing")
+        name = _case_name(image)
+        cases.append(Case(name, image, label, group=name))
+    if not cases:
+        raise SpecError(f"{folder}: no scans in {IMAGES}; it must have {IMAGES} and {LABELS}, or give a CSV file")
+    return cases
+
+
+def _of_row(row: dict[str, str], source: Path) -> Case:
+    image = source.parent / row["image"]
+    name = row.get("case") or _case_name(image)
+    return Case(name, image, source.parent / row["label"], group=name)
+
+
+def _case_name(image: Path) -> str:
+    suffix = next((suffix for suffix in reversed(NIFTI_SUFFIXES) if image.name.endswith(suffix)), image.suffix)
+    return image.name.removesuffix(suffix)
+
+
+def _read_rows(path: Path, *, needed: Sequence[str]) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise SpecError(f"{path}: no such file")
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = set(needed) - set(reader.fieldnames or ())
+        if missing:
+            raise SpecError(f"{path}: needs the column {', '.join(sorted(missing))}")
+        return list(reader)
+
+
+def _described(case: Case, rows: dict[str, dict[str, str]], source: str) -> Case:
+    row = rows.get(case.name)
+    if row is None:
+        raise SpecError(f"{source}: says nothing of {case.name}; add a row, or take the case out of the data")
+    try:
+        fold = int(row.get("fold") or 0)
+    except ValueError:
+        raise SpecError(f"{source}: the fold of {case.name} is {row['fold']!r}, not a number") from None
+    return replace(case, group=row.get("subject_group") or case.name, fold=fold, is_test=row.get("split") == "test")
+
+
+def _draw_folds(cases: list[Case]) -> list[Case]:
+    """Deals groups to folds at random, the same each time."""
+    groups = sorted({case.group for case in cases})
+    order = np.random.default_rng(0).permutation(len(groups))
+    fold = {groups[i]: place % FOLDS for place, i in enumerate(order.tolist())}
+    return [replace(case, fold=fold[case.group]) for case in cases]
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_case(case: Case, transform: VolumeTransform, *, num_classes: int) -> LoadedCase:
+    """Reads a case and brings it to the network's grid.
+
+    Args:
+        case: Where it is.
+        transform: That pads nothing.
+        num_classes: Labels must be below.
+
+    Raises:
+        ScanError: For a scan or labels that cannot be used, do not lie on each other, or hold other values.
+    """
+    x = transform(case.image)
+    labels = labels_on_grid(load_volume(case.label), like=x)
+    values = torch.unique(labels)
+    if not torch.equal(values, values.round()) or values[0] < 0 or values[-1] >= num_classes:
+        found = ", ".join(f"{value:g}" for value in values[:8].tolist())
+        raise ScanError(f"{case.label}: labels must be 0 to {num_classes - 1}, one a class, but it holds {found}")
+    return LoadedCase(case.name, x.as_tensor(), labels.to(torch.uint8), tuple(x.pixdim.tolist()))
+
+
+def pad_around(x: Tensor, size: Size, *, value: float) -> tuple[Tensor, tuple[slice, slice, slice]]:
+    """Pads (C, D, H, W) with `value` to at least `size`, around it as the "pad" of `VolumeTransform` does.
+
+    Returns:
+        What is padded, and where in its (D, H, W) the voxels of `x` are.
+    """
+    missing = [max(0, wanted - side) for wanted, side in zip(size, x.shape[1:], strict=True)]
+    inside = tuple(slice(room // 2, room // 2 + side) for room, side in zip(missing, x.shape[1:], strict=True))
+    pad = [part for room in reversed(missing) for part in (room // 2, room - room // 2)]
+    return F.pad(x, pad, value=value), inside

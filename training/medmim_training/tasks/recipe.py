@@ -1,0 +1,121 @@
+"""A fine-tuning run as data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from medmim.spec import Modality, VolumeSpec
+from medmim_training.precision import Precision
+from medmim_training.recipe import (
+    ModelSection,
+    OptimizerSection,
+    OutputSection,
+    Positive,
+    RunRecipe,
+    ScheduleSection,
+    Section,
+)
+
+
+class EncoderSection(ModelSection):
+    """Which encoder to start from.
+
+    Attributes:
+        pretrained: With its weights; else from scratch.
+    """
+
+    pretrained: bool = True
+
+
+class DecoderSection(Section):
+    """Which decoder, and its arguments (see the classes in `medmim.heads`)."""
+
+    name: Literal["unetr", "unet", "light", "linear"] = "unetr"
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class CropSection(Section):
+    """How training crops are drawn and changed.
+
+    Attributes:
+        foreground: Share of crops around a voxel of a class drawn at random from those of the case.
+        rotate: Largest angle about each axis, in degrees.
+        scale: Largest change of size, as a share.
+        mirror_axes: Axes (0, 1, 2 for D, H, W) along which every other crop is mirrored.
+        appearance: Probability of each change of intensity: noise, blur, brightness, contrast.
+        workers: Processes that read ahead; 0 makes crops in the training process.
+    """
+
+    foreground: float = Field(0.67, ge=0, le=1)
+    rotate: float = Field(15, ge=0, le=180)
+    scale: float = Field(0.15, ge=0, lt=1)
+    mirror_axes: tuple[Literal[0, 1, 2], ...] = ()
+    appearance: float = Field(0.15, ge=0, le=1)
+    workers: int = Field(0, ge=0)
+
+
+class FineTuneOptimizerSection(OptimizerSection):
+    """The optimizer, with the longer memory that fine-tuning is done with."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+class FineTuneRecipe(RunRecipe):
+    """Everything that decides a fine-tuning run for segmentation, but for the folder it writes to.
+
+    Attributes:
+        data: A folder in the layout of the Medical Segmentation Decathlon (`imagesTr`, `labelsTr`), or a CSV file with
+            the columns `image` and `label`.
+        splits: A CSV file with the column `case` and any of `fold`, `split` and `subject_group`; None for
+            `subjects.csv` beside the images where it is there, else five folds are drawn.
+        fold: The fold that validates.
+        labels: How much of the other folds is trained on: a share such as "10%", or a number of cases.
+        classes: Names by label, the background first; empty takes them from `dataset.json`.
+        volume: Preprocessing; None is that of the encoder's weights.
+        modality: What the scans are; None takes it from each scan.
+        frozen: Trains the decoder alone.
+        head_warmup: Steps in which the decoder is trained alone, before both are.
+        overlap: Of the windows in validation.
+    """
+
+    of_tasks: ClassVar[bool] = True
+
+    data: str
+    splits: str | None = None
+    fold: int = Field(0, ge=0)
+    labels: str | Annotated[int, Field(gt=0)] = "100%"
+    classes: tuple[str, ...] = ()
+    model: EncoderSection
+    decoder: DecoderSection = DecoderSection()
+    volume: VolumeSpec | None = None
+    modality: Modality | None = None
+    crops: CropSection = CropSection()
+    batch_size: Positive = 2
+    frozen: bool = False
+    head_warmup: int = Field(0, ge=0)
+    optimizer: FineTuneOptimizerSection
+    schedule: ScheduleSection
+    overlap: float = Field(0.5, ge=0, lt=1)
+    precision: Precision = "auto"
+    output: OutputSection = OutputSection()
+    seed: int = Field(0, ge=0)
+
+    @field_validator("labels")
+    @classmethod
+    def _share_or_number(cls, value: str | int) -> str | int:
+        if isinstance(value, str):
+            try:
+                share = float(value.removesuffix("%"))
+            except ValueError:
+                share = 0.0
+            if not value.endswith("%") or not 0 < share <= 100:
+                raise ValueError(f"{value!r} is neither a share such as 10% nor a number of cases")
+        return value
+
+    def count_labels(self, cases: int) -> int:
+        """How many of this many cases are trained on; at least one."""
+        if isinstance(self.labels, int):
+            return min(self.labels, cases)
+        return max(1, round(cases * float(self.labels.removesuffix("%")) / 100))
