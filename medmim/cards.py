@@ -7,7 +7,7 @@ the catalog, and `medmim cards --check` finds the ones that say something else.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -196,12 +196,12 @@ features = model(transform("scan.nii.gz")[None])  # {what}
 
 def _input(spec: ModelSpec, volume: VolumeSpec) -> str:
     spacing = f"{_by(volume.spacing)} mm" if volume.spacing else "as stored"
-    patch = spec.args.get("patch_size")  # of token encoders
+    size, patch = _sizes(spec, "img_size"), _sizes(spec, "patch_size")  # patches are of token encoders
     rows = [
         ("orientation", volume.orientation),
         ("spacing", spacing),
         *((f"intensity, {modality}", _rule(rule)) for modality, rule in volume.intensity.items()),
-        ("input", f"{_by(spec.args['img_size'])} voxels, {spec.args['in_chans']} channel(s)"),
+        *([("input", f"{_by(size)} voxels, {spec.args.get('in_chans', 1)} channel(s)")] if size else []),
         *([("patch", f"{_by(patch)} voxels")] if patch else []),
     ]
     return "## Input\n\n" + _table(("", ""), rows)
@@ -228,9 +228,12 @@ def _data(weights: WeightsSpec) -> str:
 def _results(weights: WeightsSpec) -> str:
     if not weights.evidence:
         return ""
-    names = list(weights.evidence[0].baselines)
+    names = list(dict.fromkeys(name for evidence in weights.evidence for name in evidence.baselines))
     rows = [
-        (e.dataset, e.cases, e.protocol, e.metric, f"{e.value:.3f}", *(f"{e.baselines[name]:.3f}" for name in names))
+        (
+            *(e.dataset, e.cases, e.protocol, e.metric, f"{e.value:.3f}"),
+            *(f"{e.baselines[name]:.3f}" if name in e.baselines else "" for name in names),
+        )
         for e in weights.evidence
     ]
     return "## Results\n\n" + _table(("data", "cases", "protocol", "metric", "these weights", *names), rows)
@@ -281,6 +284,16 @@ def _rule(rule) -> str:
 
 def _modalities(volume: VolumeSpec) -> str:
     return ", ".join(volume.modalities)
+
+
+def _sizes(spec: ModelSpec, key: str) -> Sequence[float] | None:
+    """Sizes among the arguments of a model; None when it has none of this name."""
+    sizes = spec.args.get(key)
+    if sizes is None:
+        return None
+    if not isinstance(sizes, list | tuple) or not all(isinstance(size, int | float) for size in sizes):
+        raise SpecError(f"{spec.name}: a card needs numbers in args.{key}, not {sizes!r}")
+    return sizes
 
 
 def _by(sizes: Iterable[float]) -> str:

@@ -407,7 +407,7 @@ print(*[name for name in ("torch._dynamo", "sympy") if name in sys.modules])
         (lambda c: c.update(family="nofamily"), UnknownModelError, "there is no model family 'nofamily'"),
         (lambda c: c.update(family="os:path"), SpecError, "config.json: family"),
         (lambda c: c["args"].update(later=1), UnknownModelError, "there is no argument 'later'"),
-        (lambda c: c["args"].update(depth="deep"), SpecError, "cannot be built"),
+        (lambda c: c["args"].update(depth="deep"), SpecError, "depth: Input should be a valid integer"),
         (lambda c: c.update(medmim=99), SpecError, "config.json: medmim"),
         (lambda c: c["weights"].update(converter="evil"), WeightsError, "converter 'evil'"),
         (lambda c: c["weights"]["encoder"][0].update(name="../x"), SpecError, "inside the model folder"),

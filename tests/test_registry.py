@@ -145,7 +145,7 @@ def test_a_catalog_file_gives_families_models_and_weights(registry, monkeypatch,
 
 def test_a_bad_record_of_the_catalog_is_refused_when_it_is_asked_for(registry, monkeypatch, tmp_path):
     bad = {**WEIGHTS, "revision": "main"}
-    catalog = {"family": {"class": "a:b"}, "models": {"m": {"description": "d", "weights": [bad]}}}
+    catalog = {"family": {"class": "medmim.spec:Window"}, "models": {"m": {"description": "d", "weights": [bad]}}}
     (tmp_path / "bad.toml").write_text(tomli_w.dumps(catalog))
     monkeypatch.setattr(registry, "CATALOG", tmp_path)
     registry._catalog.cache_clear()

@@ -414,7 +414,7 @@ def test_sigterm_saves_and_the_run_goes_on(finished, recipe, tmp_path):
         finetune(recipe, tmp_path, watch=terminate)
     finetune(recipe, tmp_path)
     last = [torch.load(f / "checkpoints/step-00000012.pt", weights_only=True) for f in (tmp_path, finished[1])]
-    assert all(torch.equal(last[0]["model"][name], tensor) for name, tensor in last[1]["model"].items())
+    assert all(torch.equal(last[0]["method"][name], tensor) for name, tensor in last[1]["method"].items())
 
 
 def test_a_frozen_encoder_and_the_warm_up_of_the_head(data, tmp_path, monkeypatch):
@@ -427,7 +427,7 @@ def test_a_frozen_encoder_and_the_warm_up_of_the_head(data, tmp_path, monkeypatc
     warming = make_recipe(data, output={"log_every": 1, "checkpoint_every": 3})
     with pytest.raises(Interrupted):
         finetune(warming, tmp_path / "warming", watch=stop_at(5))
-    third = torch.load(tmp_path / "warming/checkpoints/step-00000003.pt", weights_only=True)["model"]
+    third = torch.load(tmp_path / "warming/checkpoints/step-00000003.pt", weights_only=True)["method"]
     assert all(torch.equal(third[name], tensor) for name, tensor in before.items() if name.startswith("encoder."))
 
 

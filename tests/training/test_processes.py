@@ -59,7 +59,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_process_killed_outright_resumes_bit_for_bit(finished, recipe, store, tmp_path, moment):
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        command(recipe, store, folder), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(recipe, store, folder),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     )
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
@@ -124,7 +129,7 @@ def test_all_processes_stop_after_the_same_step(recipe, store, tmp_path):
     folder = tmp_path / "run"
     launch = command(recipe, store, folder, processes=2)
     folder.with_suffix(".py").write_text(STOPPED_IN_STEP_3 + TRAIN)
-    errors = subprocess.run(launch, env=environment(), capture_output=True, text=True).stderr
+    errors = subprocess.run(launch, env=environment(), capture_output=True, text=True, encoding="utf-8").stderr
     assert "stopped and saved at step 3" in errors
     assert load_latest(folder / "checkpoints")["step"] == 3
 
@@ -132,7 +137,12 @@ def test_all_processes_stop_after_the_same_step(recipe, store, tmp_path):
 def test_a_preempted_command_has_its_own_exit_code(recipe, store, tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        command(recipe, store, folder), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(recipe, store, folder),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     )
     metrics = folder / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):  # the first step is done

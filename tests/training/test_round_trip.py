@@ -20,6 +20,7 @@ from medmim_training import cli as training_cli
 REPO = "org/vit_t"
 FILES = [
     *("README.md", "config.json", "data.csv", "decoder.safetensors", "golden.safetensors", "model.safetensors"),
+    "reconstruction.png",
     "recipe.yaml",
 ]
 

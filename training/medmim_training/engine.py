@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -175,8 +175,8 @@ class _Run:
     def train(self, watch: Callable[[Report], None]) -> nn.Module:
         every, steps = self.recipe.output, self.recipe.schedule.steps
         self.trained.train()
-        parts = self._parts()
-        with stop_requests() as stop:
+        # Closing the parts ends the processes that read crops, whose CPU time then counts.
+        with closing(self._parts()) as parts, stop_requests() as stop:
             for done in range(self.start + 1, steps + 1):
                 step = self._step(parts, done, stop)
                 finished = done == steps

@@ -302,7 +302,7 @@ class _Run:
         with atomic_write(self.folder / SCORES_FILE) as temporary:
             write_scores(temporary, [Score(*each) for each in best["scores"]])
         model: nn.Module = self.accelerator.unwrap_model(self.trained, keep_fp32_wrapper=False)
-        model.load_state_dict(best["model"])
+        model.load_state_dict(best["method"])
         model.requires_grad_(True)
         save_pretrained(model, self.folder / MODEL)
         return model.eval()
