@@ -20,8 +20,8 @@ from medmim_training import cli as training_cli
 REPO = "org/vit_t"
 FILES = [
     *("README.md", "config.json", "data.csv", "decoder.safetensors", "golden.safetensors", "model.safetensors"),
-    "reconstruction.png",
     "recipe.yaml",
+    "reconstruction.png",
 ]
 
 # What a stranger does. Golden outputs must be equal, not only close: it is the same machine, with one thread.
