@@ -16,7 +16,7 @@ from medmim import hub, registry
 from medmim.errors import SpecError
 from medmim.files import atomic_write
 from medmim.samples import SampleScan, sample_scans
-from medmim.spec import ModelSpec, Percentile, VolumeSpec, WeightsSpec, Window
+from medmim.spec import ModelSpec, Percentile, TrainingRecord, VolumeSpec, WeightsSpec, Window
 
 NOTICE = "For research. Not a medical device: not for diagnosis or any decision about a patient."
 PICTURE_FILE = "reconstruction.png"  # in a model folder
@@ -211,11 +211,17 @@ def _training(weights: WeightsSpec) -> str:
     training = weights.training
     scale = " This is demonstration scale." if training.wall_hours < DEMONSTRATION_HOURS else ""
     published = "The encoder is published" + (", and its decoder beside it." if weights.decoder else " alone.")
+    runs = [_run(training)]
+    while (training := training.before) is not None:
+        runs.append(f"It started from weights of another run. {_run(training)}")
+    return f"## Pretraining\n\n{' '.join(runs)}{scale} {published}"
+
+
+def _run(training: TrainingRecord) -> str:
     return (
-        f"## Pretraining\n\nRecipe `{training.recipe}`: {training.steps} steps, {training.crops} crops from "
+        f"Recipe `{training.recipe}`: {training.steps} steps, {training.crops} crops from "
         f"{training.volumes} volumes, {training.wall_hours:.1f} hours ({training.cpu_hours:.1f} CPU hours) on "
-        f"{training.hardware}, finished {training.date}; mean loss at the end {training.final_loss:.4f}.{scale} "
-        f"{published}"
+        f"{training.hardware}, finished {training.date}; mean loss at the end {training.final_loss:.4f}."
     )
 
 

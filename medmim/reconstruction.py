@@ -62,8 +62,8 @@ def reconstruct(
     where windows overlap, the mean of their predictions is taken. A volume of exactly one window is treated as a crop
     is in pretraining.
 
-    Where the volume is smaller than a window it lies in the middle. What is outside of it has the minimum of its
-    visible voxels, as crops in pretraining have the minimum of theirs, and is shown: that nothing is there is known.
+    Where the volume is smaller than a window it lies in the middle. What is outside of it has its minimum, as in the
+    crops of pretraining, and is shown: that nothing is there is known.
 
     Args:
         model: A token encoder with `forward_visible`, in evaluation mode.
@@ -93,7 +93,7 @@ def reconstruct(
     hidden = hidden_voxels(hidden_tokens.flatten().nonzero().T, patch_size, grid_size)[0, 0]
 
     inside = _voxels_of(own, size, patch_size)
-    canvas = volume[:, ~hidden[inside]].amin(dim=1)[:, None, None, None].repeat(1, *hidden.shape)
+    canvas = volume.flatten(1).amin(dim=1)[:, None, None, None].repeat(1, *hidden.shape)
     canvas[:, *inside] = volume
     prediction = canvas.clone()
     patches = patch_view(prediction[None], patch_size)[0]  # (Dg, Hg, Wg, C, p, q, r), a view

@@ -145,7 +145,11 @@ class DataSource(Record):
 
 
 class TrainingRecord(Record):
-    """What a pretraining run was and what it cost; copied from the run's own record."""
+    """What a pretraining run was and what it cost; copied from the run's own record.
+
+    Attributes:
+        before: The record of the weights that it started from; None when it started anew.
+    """
 
     method: str
     recipe: str
@@ -158,6 +162,7 @@ class TrainingRecord(Record):
     final_loss: float
     date: str
     data: tuple[DataSource, ...] = Field(min_length=1)
+    before: TrainingRecord | None = None
 
 
 class Evidence(Record):

@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 
 import medmim
 from fakes import RECORD, tiny_model
-from medmim.cards import PICTURE_FILE
+from medmim.cards import PICTURE_FILE, render_card
 from medmim.errors import SpecError
 from medmim.factory import create_decoder
 from medmim.golden import golden_outputs
-from medmim.spec import WeightsSpec
+from medmim.spec import TrainingRecord, WeightsSpec
+from medmim_training.engine import build_method, pretrain, start_from_weights
 from medmim_training.evaluate import evaluate_reconstruction
 from medmim_training.publish import package, write_picture
+from medmim_training.recipe import Recipe, ScheduleSection
 from medmim_training.store.sources import find_sources
 
 
@@ -109,3 +111,35 @@ def test_results_are_means_over_each_group_and_reproducible(model, scans, tmp_pa
     for result in results:
         assert result.baselines["mean fill"] == pytest.approx(1, abs=0.3)
         assert 0 < result.value < 10
+
+
+def test_a_run_can_start_from_what_was_published(folder, model, recipe, store, tmp_path):
+    started = with_weights(recipe, f"local-dir:{folder}")
+    method = build_method(started)
+    before = start_from_weights(method, started)
+    assert before == model.spec.weights.training
+    for part, published in ((method.encoder, model), (method.decoder, create_decoder(model))):
+        assert all(torch.equal(t, published.state_dict()[name]) for name, t in part.state_dict().items())
+    pretrain(started.model_copy(update={"schedule": ScheduleSection(steps=2)}), store, tmp_path)
+    record = TrainingRecord.parse(json.loads((tmp_path / "record.json").read_text()), source="record.json")
+    assert record.steps == 2
+    assert record.before == before
+
+
+def test_a_run_starts_from_weights_of_its_own_architecture_only(folder, recipe):
+    other = with_weights(recipe, f"local-dir:{folder}")
+    other = other.model_copy(update={"model": other.model.model_copy(update={"name": "vit_t_simmim3d"})})
+    with pytest.raises(SpecError, match=r"model\.weights are of vit_t_mae3d, but model\.name is vit_t_simmim3d"):
+        start_from_weights(build_method(other), other)
+
+
+def test_a_card_tells_of_the_run_before(model):
+    weights = model.spec.weights
+    training = weights.training.model_copy(update={"before": weights.training, "steps": 7})
+    spec = model.spec.model_copy(update={"weights": weights.model_copy(update={"training": training})})
+    assert "7 steps" in (card := render_card(spec))
+    assert f"It started from weights of another run. Recipe `tiny`: {weights.training.steps} steps" in card
+
+
+def with_weights(recipe: Recipe, weights: str) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": weights})})

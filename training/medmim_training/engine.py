@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from medmim.errors import MedmimError, SpecError
-from medmim.factory import create_model
+from medmim.factory import create_decoder, create_model
 from medmim.files import atomic_write
 from medmim.pictures import reconstruction_picture
+from medmim.spec import TrainingRecord
 from medmim_training.checkpoint import load_latest, save_checkpoint
 from medmim_training.methods import MethodOutput, create_method
 from medmim_training.optimization import create_optimizer, create_schedule
@@ -50,6 +51,27 @@ def build_method(recipe: Recipe) -> nn.Module:
     """The recipe's method around its freshly initialised encoder; the same weights for the same seed."""
     torch.manual_seed(recipe.seed)
     return create_method(recipe.method.name, create_model(recipe.model.name, **recipe.model.args), recipe.method.args)
+
+
+def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | None:
+    """Gives a fresh method the weights that its recipe starts from, if any; returns the record of their training.
+
+    Raises:
+        SpecError: When they are of another architecture.
+        UnknownModelError, WeightsError: See `medmim.create_model`.
+    """
+    if recipe.model.weights is None:
+        return None
+    encoder = create_model(recipe.model.weights, pretrained=True, **recipe.model.args)
+    if encoder.spec.architecture != recipe.model.name:
+        raise SpecError(f"model.weights are of {encoder.spec.architecture}, but model.name is {recipe.model.name}")
+    method.encoder.load_state_dict(encoder.state_dict())
+    weights = encoder.spec.weights
+    if weights is None:
+        return None
+    if method.decoder_spec is not None and weights.decoder_spec == method.decoder_spec:
+        method.decoder.load_state_dict(create_decoder(encoder).state_dict())
+    return weights.training
 
 
 def pretrain(
@@ -116,6 +138,7 @@ class _Run:
         self.start, self.best = checkpoint.get("step", 0), checkpoint.get("best", math.inf)
         self.clock = Clock(checkpoint.get("spent"))
         self.method = build_method(recipe)
+        self.before = start_from_weights(self.method, recipe)
         self.average = ModelEmaV3(self.method, decay=recipe.ema) if recipe.ema else None
         if checkpoint:
             self.method.load_state_dict(checkpoint["method"])
@@ -191,7 +214,8 @@ class _Run:
                     raise Preempted(f"{self.folder}: stopped and saved at step {done}; the same command goes on")
         if self.writes:
             record = self.folder / RECORD_FILE
-            write_record(record, self.recipe, self.store, self.clock.read(), self.metrics.recent_loss())
+            spent, loss = self.clock.read(), self.metrics.recent_loss()
+            write_record(record, self.recipe, self.store, spent, loss, before=self.before)
         self.accelerator.end_training()
         return self.method if self.average is None else self.average.module
 

@@ -28,10 +28,16 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """Which encoder: a name of the catalog and arguments that differ from it."""
+    """Which encoder: a name of the catalog and arguments that differ from it.
+
+    Attributes:
+        weights: What training starts from, as `create_model` takes it: "local-dir:FOLDER", "hf-hub:org/name", a name
+            with weights. Its decoder is taken over too, where it has the same. None starts anew.
+    """
 
     name: str
     args: Arguments = Field(default_factory=dict)
+    weights: str | None = None
 
 
 class MethodSection(Section):

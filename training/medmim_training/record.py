@@ -112,8 +112,25 @@ class MetricsLog:
         return sum(recent) / len(recent) if recent else math.nan
 
 
-def write_record(path: Path, recipe: Recipe, store: Store, spent: dict[str, float], loss: float) -> None:
-    """Writes the `TrainingRecord` of a finished run, from which its card is made."""
+def write_record(
+    path: Path,
+    recipe: Recipe,
+    store: Store,
+    spent: dict[str, float],
+    loss: float,
+    *,
+    before: TrainingRecord | None = None,
+) -> None:
+    """Writes the `TrainingRecord` of a finished run, from which its card is made.
+
+    Args:
+        path: The file.
+        recipe: Of the run.
+        store: Where its crops came from.
+        spent: Seconds, see `Clock.read`.
+        loss: At the end.
+        before: Record of the weights that it started from.
+    """
     groups = Counter((entry.group, entry.modality, entry.license) for entry in store.entries)
     record = TrainingRecord(
         method=recipe.method.name,
@@ -130,6 +147,7 @@ def write_record(path: Path, recipe: Recipe, store: Store, spent: dict[str, floa
             DataSource(name=group or "unnamed", volumes=count, modality=modality, license=license or "unknown")
             for (group, modality, license), count in sorted(groups.items())
         ),
+        before=before,
     )
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(record.to_data(), indent=1) + "\n", encoding="utf-8")
