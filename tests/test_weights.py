@@ -54,7 +54,7 @@ def test_files_are_bfloat16_small_and_all_accounted_for(name):
     folder = hub.PACKAGED / name
     weights = medmim.model_info(name).weights[0]
     assert sum(file.size for file in weights.files) < 95_000_000
-    listed = {file.name for file in weights.files} | {hub.CONFIG, "data.csv"}
+    listed = {file.name for file in weights.files} | {hub.CONFIG, "data.csv", "recipe.yaml"}
     assert {path.name for path in folder.iterdir()} - {PICTURE_FILE} == listed
     for file in (*weights.encoder, weights.decoder):
         with safe_open(folder / file.name, framework="pt") as tensors:

@@ -42,7 +42,7 @@ def test_packaged_recipes_can_be_planned(name):
     assert plan.flops_per_crop > 1e9
     if name.startswith("small/"):
         hours = plan.hours(30e9)  # FLOP/s that one core of an old server reaches
-        assert hours < 12, f"{name}: {hours:.0f} hours are not small"
+        assert hours < 24, f"{name}: {hours:.0f} hours are not small"
 
 
 def test_every_method_of_the_paper_has_a_recipe_at_its_scale_and_a_small_one():
