@@ -226,9 +226,13 @@ def _run(training: TrainingRecord) -> str:
 
 
 def _data(weights: WeightsSpec) -> str:
-    rows = [(source.name, source.modality, source.volumes, source.license) for source in weights.training.data]
-    table = _table(("collection", "modality", "volumes", "licence"), rows)
-    return f"## Data\n\nImages only, no labels; `data.csv` beside the weights lists every file.\n\n{table}"
+    tables, training = [], weights.training
+    while training is not None:
+        rows = [(source.name, source.modality, source.volumes, source.license) for source in training.data]
+        tables.append(_table(("collection", "modality", "volumes", "licence"), rows))
+        training = training.before
+    listed = "\n\nIn the run before:\n\n".join(tables)
+    return f"## Data\n\nImages only, no labels; `data.csv` beside the weights lists every file.\n\n{listed}"
 
 
 def _results(weights: WeightsSpec) -> str:

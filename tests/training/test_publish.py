@@ -20,8 +20,9 @@ from medmim.golden import golden_outputs
 from medmim.spec import TrainingRecord, WeightsSpec
 from medmim_training.engine import build_method, pretrain, start_from_weights
 from medmim_training.evaluate import evaluate_reconstruction
-from medmim_training.publish import package, write_picture
+from medmim_training.publish import _data_list_of, _write_data_list, package, write_picture
 from medmim_training.recipe import Recipe, ScheduleSection
+from medmim_training.store.index import Store
 from medmim_training.store.sources import find_sources
 
 
@@ -124,6 +125,14 @@ def test_a_run_can_start_from_what_was_published(folder, model, recipe, store, t
     record = TrainingRecord.parse(json.loads((tmp_path / "record.json").read_text()), source="record.json")
     assert record.steps == 2
     assert record.before == before
+
+
+def test_the_data_list_has_the_files_of_the_run_before_too(folder, store, tmp_path):
+    few = Store(store.folder)
+    few.entries = store.entries[:1]
+    _write_data_list(tmp_path / "data.csv", few, _data_list_of(f"local-dir:{folder}"))
+    with open(tmp_path / "data.csv", newline="") as file, open(folder / "data.csv", newline="") as every:
+        assert sorted(csv.reader(file)) == sorted(csv.reader(every))
 
 
 def test_a_run_starts_from_weights_of_its_own_architecture_only(folder, recipe):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from medmim import hub
 from medmim.cards import PICTURE_FILE, card_scan, render_card
 from medmim.errors import SpecError, WeightsError
-from medmim.factory import create_decoder, from_pretrained
+from medmim.factory import create_decoder, from_pretrained, resolve
 from medmim.files import atomic_write
-from medmim.limits import CONFIG_BYTES, read_json
+from medmim.limits import CONFIG_BYTES, LIST_BYTES, read_json, read_text
 from medmim.pictures import reconstruction_picture
 from medmim.publish import catalog_entry, save_with_golden
 from medmim.reconstruction import reconstruct_scan
@@ -66,7 +67,7 @@ def package(
         raise WeightsError(f"{run}: its checkpoint does not fit its recipe ({error})") from None
 
     folder.mkdir(parents=True, exist_ok=True)
-    _write_data_list(folder / DATA_FILE, store)
+    _write_data_list(folder / DATA_FILE, store, _data_list_of(recipe.model.weights))
     with atomic_write(folder / RECIPE_FILE) as path:
         path.write_bytes((run / RECIPE_FILE).read_bytes())
     spec = save_with_golden(
@@ -118,9 +119,19 @@ def write_picture(folder: str | Path) -> bool:
     return True
 
 
-def _write_data_list(path: Path, store: Store) -> None:
+def _data_list_of(name: str | None) -> list[list[str]]:
+    """The rows of the data list of weights that a run started from; none where they came without."""
+    if name is None:
+        return []
+    _, place = resolve(name, None, hub.HubAccess(), needs_weights=True)
+    path = place.find(DATA_FILE)
+    return [] if path is None else list(csv.reader(read_text(path, LIST_BYTES).splitlines()))[1:]
+
+
+def _write_data_list(path: Path, store: Store, before: list[list[str]]) -> None:
+    rows = [[e.source, e.sha256 or "", e.modality, e.group, e.license] for e in store.entries]
+    seen = {row[1] or row[0] for row in rows}
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "sha256", "modality", "collection", "licence"))
-        for entry in store.entries:
-            writer.writerow((entry.source, entry.sha256 or "", entry.modality, entry.group, entry.license))
+        writer.writerows([*rows, *(row for row in before if (row[1] or row[0]) not in seen)])
