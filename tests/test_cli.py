@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -70,21 +69,16 @@ def test_help_shows_an_example(call, command):
     assert f"Example: medmim {command} " in out
 
 
-def test_list_is_quick_and_imports_nothing_heavy():
+def test_list_imports_nothing_heavy():
+    """Which is what makes it quick; `training/benchmarks/loading.py` measures how quick."""
     script = (
         "import sys; from medmim.cli import main\n"
         "try:\n    main()\n"
         "finally:\n    print(*{'torch', 'monai', 'timm', 'nibabel', 'matplotlib', 'SimpleITK'} & set(sys.modules))"
     )
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        out = subprocess.run([sys.executable, "-c", script, "list"], capture_output=True, text=True, check=True).stdout
-        after = os.times()
-        seconds.append(after.children_user - before.children_user + after.children_system - before.children_system)
+    out = subprocess.run([sys.executable, "-c", script, "list"], capture_output=True, text=True, check=True).stdout
     assert "vit_t_mae3d" in out
     assert out.splitlines()[-1] == ""
-    assert min(seconds) < 0.5
 
 
 def test_list_filters(call):
@@ -402,13 +396,11 @@ def test_demo_writes_a_picture_of_each_sample_and_the_features_of_all(call, mode
 def test_demo_with_the_weights_that_ship(call, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # beside other work, threads that wait for each other take several times longer
-    start = time.perf_counter()
     try:
         code, out, _ = call("demo", "-o", tmp_path / "demo")
     finally:
         torch.set_num_threads(threads)
     assert code == 0
-    assert time.perf_counter() - start < 60
     for name in SAMPLES:
         errors = [float(error) for error in re.findall(r"\d+\.\d+", re.search(rf"^{name} .*$", out, re.MULTILINE)[0])]
         assert errors[0] == min(errors), f"{name}: model, nearest visible, mean fill: {errors}"
