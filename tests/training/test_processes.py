@@ -51,6 +51,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
 
 
+def started(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_latest(folder / "checkpoints")["method"]
 
@@ -58,14 +69,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("moment", ["in a step", "in a checkpoint"])
 def test_a_process_killed_outright_resumes_bit_for_bit(finished, recipe, store, tmp_path, moment):
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        command(recipe, store, folder),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
+    process = started(command(recipe, store, folder))
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if moment == "in a step" and len(list(folder.glob("checkpoints/step-*.pt"))) == 2:
@@ -136,14 +140,7 @@ def test_all_processes_stop_after_the_same_step(recipe, store, tmp_path):
 
 def test_a_preempted_command_has_its_own_exit_code(recipe, store, tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        command(recipe, store, folder),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
+    process = started(command(recipe, store, folder))
     metrics = folder / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):  # the first step is done
         time.sleep(0.01)
