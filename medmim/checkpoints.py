@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,34 +42,55 @@ def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
 
     tensors: dict[str, Tensor] = {}
+    places: list[tuple[Path, int]] = []  # of each tensor: its file, and where it starts there
     for path in paths:
         _refuse_other_formats(path)
         try:
-            found = _read_file(path)
+            found = _lay_out(path)
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path}: not a whole safetensors file ({error}); fetch or save it again") from None
+            raise _not_whole(path, error) from None
         for key in found.keys() & tensors.keys():
             raise WeightsError(f"{path}: {key} is stored in another shard already; save the model again")
-        tensors |= found
+        tensors |= {key: tensor for key, (_, tensor) in found.items()}
+        places += [(path, start) for start, _ in found.values()]
+    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="medmim-read") as pool:
+        list(pool.map(_read_into, tensors.values(), places))
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file. The library checks the header and says what there is; the bytes are read, not mapped.
+def _not_whole(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(f"{path}: not a whole safetensors file ({error}); fetch or save it again")
 
-    A mapped file takes the process down when somebody truncates it, and copies off it need their memory twice.
+
+def _lay_out(path: Path) -> dict[str, tuple[int, Tensor]]:
+    """The tensors of a file, yet without their values, and at which byte each of them starts.
+
+    The library checks the header and says what there is; the bytes are read, not mapped: a mapped file takes the
+    process down when somebody truncates it, and copies off it need their memory twice.
     """
     from safetensors import safe_open
 
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")  # the length of the header, then the header
     tensors = {}
-    with safe_open(path, framework="pt") as layout, open(path, "rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))  # the length of the header, then the header
+    with safe_open(path, framework="pt") as layout:
         for key in layout.offset_keys():  # as they lie, without gaps, or the library would have refused the file
-            tensors[key] = _memory_for(layout.get_tensor(key))
-            data = tensors[key].reshape(-1).view(torch.uint8).numpy()
-            if file.readinto(data) < data.size:
-                raise OSError(f"it ends within {key}")
+            tensors[key] = start, (tensor := _memory_for(layout.get_tensor(key)))
+            start += tensor.nbytes
     return tensors
+
+
+def _read_into(tensor: Tensor, place: tuple[Path, int]) -> None:
+    """Fills a tensor with the bytes of a file from some place on."""
+    path, start = place
+    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            if file.readinto(data) < data.size:
+                raise OSError(f"it ends before byte {start + data.size}")
+    except OSError as error:
+        raise _not_whole(path, error) from None
 
 
 def _memory_for(tensor: Tensor) -> Tensor:

@@ -65,8 +65,11 @@ def download(repo: str, revision: str, name: str, access: HubAccess) -> Path | N
 
     try:
         cached = try_to_load_from_cache(repo, name, access.cache_dir, revision)
-        if cached is _CACHED_NO_EXIST and (access.is_offline or COMMIT.fullmatch(revision)):
-            return None
+        if access.is_offline or COMMIT.fullmatch(revision):
+            if cached is _CACHED_NO_EXIST:
+                return None
+            if isinstance(cached, str):  # hf_hub_download may ask the Hub what calls it, even then
+                return Path(cached)
         return _in_attempts(repo, revision, name, access, is_cached=isinstance(cached, str))
     # Whatever the client raises (its own errors, those of its HTTP library, OSError) means: it did not come.
     except Exception as error:

@@ -112,6 +112,17 @@ def test_the_branch_costs_one_request_and_the_commit_none(double, access, commit
     assert asked(double) == []
 
 
+def test_a_cached_commit_leaves_the_client_alone(access, commit, monkeypatch):
+    medmim.from_pretrained(REPO, revision=commit, **access)
+
+    def ask(*args, **kwargs):  # which may ask huggingface.co what calls it, whatever the endpoint
+        raise AssertionError("the client was called")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", ask)
+    medmim.from_pretrained(REPO, revision=commit, **access)
+    medmim.from_pretrained(REPO, local_files_only=True, **access)
+
+
 def test_without_pretrained_only_the_config_is_fetched(double, access):
     medmim.create_model(f"hf-hub:{REPO}", **access)
     assert {request.split("/")[-1].split()[-1] for request in asked(double)} == {"config.json"}
