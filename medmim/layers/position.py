@@ -38,11 +38,15 @@ def sincos_position(grid_size: Size, dim: int) -> Tensor:
     # Of each axis alone, then repeated along the others: a sine of every token is a hundred times the work.
     phases = [torch.arange(side, dtype=torch.float64)[:, None] * omega for side in grid_size]  # 3 x (side, f)
     waves = [torch.cat((phase.sin(), phase.cos()), dim=1) for phase in phases]
-    along = [
-        wave.view([-1 if i == axis else 1 for i in range(3)] + [2 * frequencies]) for axis, wave in enumerate(waves)
-    ]
-    table = torch.cat([wave.expand(*grid_size, -1) for wave in along], dim=-1).flatten(0, 2)  # (N, 6f)
-    return F.pad(table, (0, dim - table.shape[1]))[None].float()
+    table = torch.cat([_along(axis, wave, grid_size) for axis, wave in enumerate(waves)], dim=-1)  # (D, H, W, 6f)
+    return F.pad(table.flatten(0, 2), (0, dim - table.shape[-1]))[None].float()
+
+
+def _along(axis: int, wave: Tensor, grid_size: Size) -> Tensor:
+    """What belongs to the places of one axis (side, n), at every token (D, H, W, n)."""
+    sides = [1, 1, 1, wave.shape[1]]
+    sides[axis] = len(wave)
+    return wave.view(sides).expand(*grid_size, -1)
 
 
 def resample_position(position: Tensor, old_grid: Size, new_grid: Size) -> Tensor:

