@@ -15,6 +15,9 @@ for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "
     del os.environ[name]
 os.environ |= {"HF_HOME": HOME.name, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost", None)
 
 

@@ -34,7 +34,7 @@ def test_the_two_commands_are_there():
     install = "python -m venv .venv && . .venv/bin/activate && pip install -e "
     assert [line for line in SHELL if "pip" in line] == [
         f"{install}. && medmim demo",
-        f'{install}".[train,test]" && pytest',
+        f'{install}".[train,test]" && pytest -n auto',
     ]
 
 
