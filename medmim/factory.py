@@ -27,7 +27,11 @@ from medmim.limits import VOXELS, limited_construction
 from medmim.spec import ModelSpec, TaskSpec, WeightsSpec
 
 # By the kind that a record of weights names; a class from elsewhere is never built.
-DECODERS = {"mae": "medmim.heads.mae:MAEDecoder"}
+DECODERS = {
+    "mae": "medmim.heads.mae:MAEDecoder",
+    "mae_cnn": "medmim.heads.mae_cnn:MAECNNDecoder",
+    "simmim": "medmim.heads.simmim:SimMIMDecoder",
+}
 
 # What a constructor raises for sizes that make no sense; ArithmeticError for a patch of 0, LookupError for no stages.
 UNBUILDABLE = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError)
@@ -187,15 +191,13 @@ def create_decoder(model: nn.Module) -> nn.Module:
     module, _, attribute = DECODERS[weights.decoder_spec.kind].partition(":")
     cls = getattr(import_module(module), attribute)
     args = registry.as_arguments(weights.decoder_spec.args)
-    encoder = {
-        "patch_size": model.patch_size,
-        "in_chans": model.in_chans,
-        "prefix_tokens": model.num_prefix_tokens,
-    }
-    for key, value in encoder.items():
+    try:
+        decided = cls.of_encoder(model)
+    except AttributeError:
+        raise WeightsError(f"{name} cannot have a decoder of kind {weights.decoder_spec.kind!r}") from None
+    for key, value in decided.items():
         if args.setdefault(key, value) != value:
             raise WeightsError(f"the decoder of {name} is for {key} {args[key]}, the model has {value}; build it so")
-    args |= {"encoder_dim": model.num_features, "grid_size": model.grid_size}
     _check_stored(cls, args, f"decoder of {name}")
 
     path = model.weights_place.fetch(weights.decoder)

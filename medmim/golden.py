@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from medmim.layers.tokens import Size
+from medmim.layers.tokens import Size, to_grid_size
 
 GOLDEN_FILE = "golden.safetensors"
 TOKENS = 8  # tokens kept of each output: enough to see any change, few enough to ship
@@ -31,23 +31,24 @@ def golden_input(in_chans: int, img_size: Size) -> Tensor:
 
 @torch.inference_mode()
 def golden_outputs(model: nn.Module, decoder: nn.Module | None = None) -> dict[str, Tensor]:
-    """What a token encoder in evaluation mode, and its decoder when there is one, give for `golden_input`.
+    """What an encoder in evaluation mode, and its decoder when there is one, give for `golden_input`.
 
     Args:
-        model: A token encoder with `forward_visible`.
+        model: The encoder.
         decoder: Its pretraining decoder.
 
     Returns:
         Float32 on the CPU: "pooled" (C,), "tokens" (8, C), and with a decoder "hidden_patches" (8, V), predicted with
-        every fourth token visible.
+        every fourth one visible.
     """
     x = golden_input(model.in_chans, model.img_size).to(next(model.parameters()))
     tokens = model.forward_features(x)
     outputs = {"pooled": model.forward_head(tokens, pre_logits=True)[0], "tokens": tokens[0, :TOKENS]}
     if decoder is not None:
-        everything = torch.arange(math.prod(model.grid_size), device=x.device)[None]
-        idx_keep, idx_hidden = everything[:, ::4], everything[everything % 4 != 0][None, :TOKENS]
-        outputs["hidden_patches"] = decoder(model.forward_visible(x, idx_keep), idx_keep, idx_hidden)[0]
+        grid_size = to_grid_size(model.img_size, decoder.unit)
+        everything = torch.arange(math.prod(grid_size), device=x.device)[None]
+        idx_keep, idx_hidden = everything[:, ::4], everything[everything % 4 != 0][None]
+        outputs["hidden_patches"] = decoder.predict(model, x, idx_keep, idx_hidden)[0, :TOKENS]
     return {name: tensor.float().cpu().contiguous() for name, tensor in outputs.items()}
 
 

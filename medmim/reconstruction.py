@@ -1,7 +1,7 @@
 """Hide most of a volume, predict it from the rest, and measure that beside fills that need no network.
 
-Legend: C channels, (D, H, W) voxels of the volume, (Dg, Hg, Wg) its token grid, (p, q, r) patch size, K visible and M
-hidden tokens of a window, V = C*p*q*r voxels of a patch.
+Legend: C channels, (D, H, W) voxels of the volume, (p, q, r) voxels of a patch, which is the unit that the decoder was
+trained to predict, (Dg, Hg, Wg) the grid of patches, K visible and M hidden ones of a window, V = C*p*q*r.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 
 from medmim.errors import ScanError
-from medmim.layers.tokens import Size, hidden_voxels, patch_view, random_hiding
+from medmim.layers.tokens import Size, hidden_voxels, patch_view, random_hiding, to_grid_size
 from medmim.windows import Window, cover, covering_grid, to_voxels
 
 # Volumes of any size are gone through in parts, to bound memory.
@@ -66,7 +66,7 @@ def reconstruct(
     crops of pretraining, and is shown: that nothing is there is known.
 
     Args:
-        model: A token encoder with `forward_visible`, in evaluation mode.
+        model: An encoder, in evaluation mode.
         decoder: Its pretraining decoder, in evaluation mode, which predicts voxels in network units.
         volume: (C, D, H, W) in network units.
         ratio: Share of the volume's patches to hide, exactly `int(ratio * N)` of N.
@@ -83,9 +83,10 @@ def reconstruct(
     volume = torch.as_tensor(volume, dtype=torch.float32, device="cpu")
     if volume.ndim != 4 or volume.shape[0] != model.in_chans:
         raise ValueError(f"volume has shape {tuple(volume.shape)}; the model takes ({model.in_chans}, D, H, W)")
-    size, patch_size = tuple(volume.shape[1:]), model.patch_size
+    size, patch_size = tuple(volume.shape[1:]), decoder.unit
+    window_grid = to_grid_size(model.img_size, patch_size)
     own_grid = covering_grid(size, patch_size, (1, 1, 1))  # patches of the volume itself
-    grid_size = covering_grid(size, patch_size, model.grid_size)  # at least a window
+    grid_size = covering_grid(size, patch_size, window_grid)  # at least a window
     own = tuple(slice((g - o) // 2, (g - o) // 2 + o) for g, o in zip(grid_size, own_grid, strict=True))
     _, idx_hidden = random_hiding(1, math.prod(own_grid), ratio, generator=generator)
     hidden_tokens = torch.zeros(grid_size, dtype=torch.bool)
@@ -100,13 +101,13 @@ def reconstruct(
     patches[hidden_tokens] = 0
     times = torch.zeros(grid_size)
     parameter = next(model.parameters())
-    windows = list(cover(grid_size, model.grid_size, overlap=overlap))
+    windows = list(cover(grid_size, window_grid, overlap=overlap))
     for done, tokens in enumerate(windows, start=1):
         here = hidden_tokens[tokens]  # (Dg, Hg, Wg) of the window
         idx_keep = (~here).flatten().nonzero().T.to(parameter.device)  # (1, K)
         idx_hidden = here.flatten().nonzero().T.to(parameter.device)  # (1, M)
         window = canvas[:, *to_voxels(tokens, patch_size)][None].to(parameter)  # (1, C, *img_size)
-        predicted = decoder(model.forward_visible(window, idx_keep), idx_keep, idx_hidden)[0]  # (M, V)
+        predicted = decoder.predict(model, window, idx_keep, idx_hidden)[0]  # (M, V)
         patches[tokens][here] += predicted.float().cpu().unflatten(1, patches.shape[3:])
         times[tokens] += here
         if progress:
@@ -158,10 +159,10 @@ def reconstruct_scan(
         model.spec.weights.volume, (1, 1, 1), in_chans=model.in_chans, modality=modality, fit="pad"
     )
     grid = prepare(scan)
-    patches = math.prod(covering_grid(grid.shape[1:], model.patch_size, (1, 1, 1)))
+    patches = math.prod(covering_grid(grid.shape[1:], decoder.unit, (1, 1, 1)))
     if not 0 < int(ratio * patches) < patches:
         raise ScanError(
-            f"{scan}: has {patches} patch(es) of {' x '.join(map(str, model.patch_size))} voxels, of which "
+            f"{scan}: has {patches} patch(es) of {' x '.join(map(str, decoder.unit))} voxels, of which "
             f"{ratio:.0%} cannot be hidden; take a larger scan or another ratio"
         )
     result = reconstruct(model, decoder, grid.as_tensor(), ratio=ratio, generator=generator, progress=progress)

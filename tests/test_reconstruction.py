@@ -46,21 +46,18 @@ def make_model(channels=1):
 class Oracle(nn.Module):
     """An encoder and decoder in one that knows the hidden patches, and remembers the windows it was shown."""
 
-    img_size, patch_size, grid_size, in_chans = IMG_SIZE, PATCH_SIZE, to_grid_size(IMG_SIZE, PATCH_SIZE), 1
+    img_size, unit, grid_size, in_chans = IMG_SIZE, PATCH_SIZE, to_grid_size(IMG_SIZE, PATCH_SIZE), 1
 
     def __init__(self):
         super().__init__()
         self.parameter = nn.Parameter(torch.zeros(()))
         self.windows = []
 
-    def forward_visible(self, window, idx_keep):
+    def predict(self, encoder, window, idx_keep, idx_hidden):
         self.windows.append(window[0])
-        return window
-
-    def forward(self, window, idx_keep, idx_hidden):
         both = [*idx_keep[0].tolist(), *idx_hidden[0].tolist()]
         assert len(set(both)) == len(both) <= math.prod(self.grid_size)
-        return gather_patches(window, idx_hidden, self.patch_size)
+        return gather_patches(window, idx_hidden, self.unit)
 
 
 # --- reconstruct ------------------------------------------------------------------------------------------------------
@@ -110,8 +107,8 @@ def test_one_window_is_what_pretraining_computes():
 
 def test_overlapping_windows_are_averaged():
     class Counter(Oracle):
-        def forward(self, window, idx_keep, idx_hidden):
-            return torch.full((1, idx_hidden.shape[1], math.prod(PATCH_SIZE)), float(len(self.windows)))
+        def predict(self, encoder, window, idx_keep, idx_hidden):
+            return torch.full_like(super().predict(encoder, window, idx_keep, idx_hidden), len(self.windows))
 
     counter, size = Counter(), (24, *IMG_SIZE[1:])  # windows from slice 0 to 16 and from 8 to 24
     result = reconstruct(counter, counter, make_volume(size), overlap=0.5, generator=seeded())
@@ -147,9 +144,9 @@ def test_windows_end_with_the_volume(size):
 
 def test_a_volume_smaller_than_a_window_lies_in_its_middle_and_what_is_around_it_is_shown():
     class Recorder(Oracle):
-        def forward_visible(self, window, idx_keep):
+        def predict(self, encoder, window, idx_keep, idx_hidden):
             self.kept = idx_keep
-            return super().forward_visible(window, idx_keep)
+            return super().predict(encoder, window, idx_keep, idx_hidden)
 
     recorder, volume = Recorder(), make_volume((8, 8, 32), channels=1)  # on a grid of 4 x 3 x 2
     result = reconstruct(recorder, recorder, volume, ratio=0.5, generator=seeded())

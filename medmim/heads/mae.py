@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class MAEDecoder(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
+        self.unit = tuple(patch_size)
         self.prefix_tokens = prefix_tokens
         self.embed = nn.Linear(encoder_dim, embed_dim)
         self.hidden_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -52,6 +54,17 @@ class MAEDecoder(nn.Module):
         self.set_grid_size(grid_size)
         self.apply(init_transformer)
         nn.init.normal_(self.hidden_token, std=0.02)
+
+    @staticmethod
+    def of_encoder(encoder: nn.Module) -> dict[str, Any]:
+        """The arguments that a token encoder decides."""
+        return {
+            "encoder_dim": encoder.num_features,
+            "grid_size": encoder.grid_size,
+            "patch_size": encoder.patch_size,
+            "in_chans": encoder.in_chans,
+            "prefix_tokens": encoder.num_prefix_tokens,
+        }
 
     def set_grid_size(self, grid_size: Size) -> None:
         """Rebuilds the positions for another token grid (Dg, Hg, Wg)."""
@@ -82,3 +95,7 @@ class MAEDecoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.to_voxels(self.norm(gather_tokens(x[:, self.prefix_tokens :], idx_hidden)))
+
+    def predict(self, encoder: nn.Module, x: Tensor, idx_keep: Tensor, idx_hidden: Tensor) -> Tensor:
+        """Voxels (B, M, V) of the hidden patches of volumes (B, C, D, H, W), of which the encoder sees the others."""
+        return self(encoder.forward_visible(x, idx_keep), idx_keep, idx_hidden)

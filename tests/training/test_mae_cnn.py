@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medmim.layers.tokens import hidden_voxels
+from medmim.layers.tokens import hidden_voxels, to_grid_size
 from medmim.models.resenc import ResidualEncoder3D
 from medmim_training.methods.mae_cnn import MAECNN
 
@@ -29,7 +29,7 @@ def seeded() -> torch.Generator:
 
 def hidden_of_step(method: MAECNN, x: torch.Tensor) -> torch.Tensor:
     _, idx_hidden = method.hiding(x[:, 0], UNIT, generator=seeded())
-    return hidden_voxels(idx_hidden, UNIT, method.unit_grid)
+    return hidden_voxels(idx_hidden, UNIT, to_grid_size(SIZE, UNIT))
 
 
 def test_changing_hidden_voxels_does_not_change_the_prediction(x):

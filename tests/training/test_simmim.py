@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from monai.networks.utils import pixelshuffle
 
 from fakes import tiny_model
-from medmim.layers.tokens import hidden_voxels
+from medmim.layers.tokens import hidden_voxels, to_grid_size
 from medmim.models.vit import VisionTransformer3D
 from medmim_training.methods.simmim import SimMIM
 
@@ -30,8 +30,9 @@ def seeded() -> torch.Generator:
 
 
 def hidden_of_step(method: SimMIM, x: torch.Tensor) -> torch.Tensor:
-    _, idx_hidden = method.hiding(x[:, 0], method.unit, generator=seeded())
-    return hidden_voxels(idx_hidden, method.unit, method.unit_grid)
+    unit = method.decoder.unit
+    _, idx_hidden = method.hiding(x[:, 0], unit, generator=seeded())
+    return hidden_voxels(idx_hidden, unit, to_grid_size(method.encoder.img_size, unit))
 
 
 UNITS = pytest.mark.parametrize("unit", [None, (16, 16, 64)], ids=["patch", "larger"])
@@ -40,17 +41,17 @@ UNITS = pytest.mark.parametrize("unit", [None, (16, 16, 64)], ids=["patch", "lar
 @UNITS
 def test_the_encoder_never_sees_a_hidden_voxel(x, unit):
     method = build(unit=unit)
+    hidden = hidden_of_step(method, x)
     x = x[:, 0].requires_grad_()
-    _, idx_hidden = method.hiding(x, method.unit, generator=seeded())
-    features = method.encoder.forward_replaced(x, method._hidden_patches(idx_hidden), method.hidden_token)
-    features.square().sum().backward()
-    assert torch.equal(x.grad != 0, ~hidden_voxels(idx_hidden, method.unit, method.unit_grid))
+    idx = method.hiding(x, method.decoder.unit, generator=seeded())
+    method.decoder.predict(method.encoder, x, *idx).square().sum().backward()
+    assert torch.equal(x.grad != 0, ~hidden)
 
 
 @UNITS
 def test_the_loss_sees_exactly_the_hidden_voxels(x, unit):
     method = build(unit=unit)
-    method.to_voxels.weight.data.zero_()
+    method.decoder.to_voxels.weight.data.zero_()
     method({"x": x.requires_grad_()}, seeded()).loss.backward()
     assert torch.equal(x.grad[:, 0] != 0, hidden_of_step(method, x))
 
@@ -58,8 +59,8 @@ def test_the_loss_sees_exactly_the_hidden_voxels(x, unit):
 def test_each_token_predicts_the_voxels_of_its_own_patch(x):
     """With a bias that depends on the place alone, the prediction of every hidden patch is that bias."""
     method = build()
-    method.to_voxels.weight.data.zero_()
-    method.to_voxels.bias.data.copy_(torch.arange(8 * 16 * 32).float())
+    method.decoder.to_voxels.weight.data.zero_()
+    method.decoder.to_voxels.bias.data.copy_(torch.arange(8 * 16 * 32).float())
     picture = method({"x": x}, seeded()).picture()
     pattern = torch.arange(8 * 16 * 32).float().view(PATCH).repeat(4, 3, 2)
     assert torch.equal(picture.prediction[0][picture.hidden], pattern[picture.hidden])
@@ -90,9 +91,9 @@ def test_on_a_swin_transformer_the_layer_is_the_shuffle_head_of_simmim():
     encoder = tiny_model("swin_t_simmim3d", patch_size=(2, 2, 2), in_chans=2)
     method = SimMIM(encoder, unit=(8, 8, 8))
     features = torch.randn(2, encoder.num_features, *(side // 8 for side in encoder.img_size), generator=seeded())
-    weight, bias = method.to_voxels.weight, method.to_voxels.bias
+    weight, bias = method.decoder.to_voxels.weight, method.decoder.to_voxels.bias
     expected = pixelshuffle(F.conv3d(features, weight[..., None, None, None], bias), 3, 8)
-    torch.testing.assert_close(method._predict(features), expected)
+    torch.testing.assert_close(method.decoder(features, encoder.img_size), expected)
 
 
 def test_a_unit_that_does_not_fit_is_refused():

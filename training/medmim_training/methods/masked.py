@@ -1,0 +1,82 @@
+"""What all masked image modelling shares: hide, let a decoder predict what is hidden, compare.
+
+How the encoder is kept from seeing it and what predicts is the decoder's part (`medmim.heads`), which is published
+beside the encoder; so a method of this kind is a decoder and its settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from medmim.layers.tokens import gather_patches, to_grid_size
+from medmim.reconstruction import Reconstruction
+from medmim.spec import PartSpec
+from medmim_training.methods.base import MethodOutput, inside_scan, named_choice, paste
+from medmim_training.methods.draws import Generators
+from medmim_training.methods.hiding import Hiding
+from medmim_training.methods.losses import LOSSES, hidden_loss
+from medmim_training.methods.targets import TARGETS
+from medmim_training.store.views import OneCrop
+
+
+class MaskedModelling(nn.Module):
+    """Predicts hidden units of a volume from the others.
+
+    Args:
+        encoder: The encoder.
+        decoder: A pretraining decoder for it.
+        decoder_spec: What builds that elsewhere.
+        ratio: Share of the units to hide, exactly `int(ratio * N)` of each sample.
+        hiding: Other arguments of `Hiding`, such as {"rule": "block"}.
+        target: One of `TARGETS`, what is predicted of a unit.
+        loss: One of `LOSSES`, mean over the voxels of hidden units.
+
+    Raises:
+        ValueError: For an unknown choice, or units that do not divide the input.
+    """
+
+    views = OneCrop()
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        decoder_spec: PartSpec,
+        *,
+        ratio: float,
+        hiding: Mapping[str, Any] | None,
+        target: str,
+        loss: str,
+    ) -> None:
+        super().__init__()
+        to_grid_size(encoder.img_size, decoder.unit)
+        self.encoder, self.decoder, self.decoder_spec = encoder, decoder, decoder_spec
+        self.hiding = Hiding(ratio=ratio, **(hiding or {}))
+        self.target = named_choice("target", target, TARGETS)
+        self.loss = named_choice("loss", loss, LOSSES)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay must leave alone."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {"decoder.hidden_token"}
+
+    def forward(self, batch: Mapping[str, Tensor], generator: Generators = None) -> MethodOutput:
+        """The loss of one batch.
+
+        Args:
+            batch: "x": volumes (B, V, in_chans, D, H, W) in network units; "inside", as `CropDataset` makes it, leaves
+                what lies outside of a scan out of the loss.
+            generator: On the CPU, one for the batch or one a sample; decides what is hidden.
+        """
+        x, unit = batch["x"].flatten(0, 1), self.decoder.unit  # (B, C, D, H, W)
+        idx_keep, idx_hidden = self.hiding(x, unit, generator=generator)
+        predicted = self.decoder.predict(self.encoder, x, idx_keep, idx_hidden).float()  # (B, M, V)
+        target = self.target(gather_patches(x, idx_hidden, unit))
+        loss = hidden_loss(self.loss, predicted, target, inside_scan(batch, idx_hidden, unit))
+
+        def picture() -> Reconstruction:
+            return paste(x, predicted, idx_hidden, unit)
+
+        return MethodOutput(loss, picture=picture)
