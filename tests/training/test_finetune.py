@@ -28,8 +28,9 @@ from medmim_training.recipe import list_recipes, load_recipe
 from medmim_training.tasks import segmentation
 from medmim_training.tasks.cases import LoadedCase, choose, find_cases, find_classes, load_case, pad_around, split_cases
 from medmim_training.tasks.crops import LabelledCrops
+from medmim_training.tasks.loop import Run
 from medmim_training.tasks.metrics import bootstrap_interval, mean_of_cases, score_case
-from medmim_training.tasks.recipe import CropSection, FineTuneRecipe
+from medmim_training.tasks.recipe import CropSection, FineTuneRecipe, SegmentationRecipe
 from medmim_training.tasks.segmentation import finetune
 
 CLASSES = ("background", "ball", "box")
@@ -70,7 +71,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def make_recipe(data, **changes) -> FineTuneRecipe:
+def make_recipe(data, **changes) -> SegmentationRecipe:
     recipe = {
         "name": "tiny",
         "summary": "seconds",
@@ -96,7 +97,7 @@ def make_recipe(data, **changes) -> FineTuneRecipe:
         "precision": "fp32",
         "output": {"log_every": 1, "checkpoint_every": 4},
     }
-    return FineTuneRecipe.model_validate(recipe | changes)
+    return SegmentationRecipe.model_validate(recipe | changes)
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +153,7 @@ def test_a_recipe_of_the_other_kind_is_refused():
 
 def test_how_many_labels_a_share_is(recipe):
     def count(labels, cases=158):
-        return FineTuneRecipe.model_validate({**recipe.model_dump(), "labels": labels}).count_labels(cases)
+        return SegmentationRecipe.model_validate({**recipe.model_dump(), "labels": labels}).count_labels(cases)
 
     assert (count("10%"), count("100%"), count("0.1%"), count(7), count(200)) == (16, 158, 1, 7, 158)
 
@@ -432,7 +433,7 @@ def test_a_frozen_encoder_and_the_warm_up_of_the_head(data, tmp_path, monkeypatc
 
 
 def test_layers_nearer_to_the_input_learn_more_slowly(recipe, tmp_path):
-    run = segmentation._Run(recipe, tmp_path)
+    run = Run(segmentation.SegmentationTask(recipe), tmp_path)
     run.schedule.step_update(2)
     rates = {id(p): group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
     model = run.model

@@ -159,7 +159,7 @@ def finetune(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")] = None,
 ) -> None:
-    """Fine-tunes an encoder for segmentation; resumes where an interrupted run stopped.
+    """Fine-tunes an encoder for segmentation or classification; resumes where an interrupted run stopped.
 
     Example: `medmim-train finetune finetune/vit_t_unetr data=Task04_Hippocampus labels=10% -o runs/hippocampus`
     """
@@ -167,13 +167,20 @@ def finetune(
 
     from medmim_training.recipe import load_recipe
     from medmim_training.record import Report
+    from medmim_training.tasks.loop import MODEL, Validation
     from medmim_training.tasks.recipe import FineTuneRecipe
-    from medmim_training.tasks.segmentation import MODEL, Validation
-    from medmim_training.tasks.segmentation import finetune as run_finetuning
 
     if threads:
         torch.set_num_threads(threads)
     chosen = load_recipe(recipe, overrides or [], kind=FineTuneRecipe)
+    if chosen.task == "segmentation":
+        from medmim_training.tasks.segmentation import finetune as run_finetuning
+
+        use = "segment SCAN -o masks"
+    else:
+        from medmim_training.tasks.classification import finetune as run_finetuning
+
+        use = "classify SCAN -o classes.csv"
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(chosen.name, total=chosen.schedule.steps, state="")
@@ -183,14 +190,10 @@ def finetune(
             progress.update(task, completed=step.step, state=state)
 
         def watch_validation(found: Validation) -> None:
-            low, high = found.dice_interval
-            progress.console.print(
-                f"step {found.step}: Dice {found.dice:.4f} ({low:.4f} to {high:.4f}), HD95 {found.hd95:.2f} mm",
-                highlight=False,
-            )
+            progress.console.print(f"step {found.step}: {found}", highlight=False)
 
         run_finetuning(chosen, out, watch=watch, watch_validation=watch_validation)
-    console.print(f"done: {out}; use it: medmim segment SCAN -m local-dir:{out / MODEL} -o masks", soft_wrap=True)
+    console.print(f"done: {out}; use it: medmim {use} -m local-dir:{out / MODEL}", soft_wrap=True)
 
 
 @app.command()

@@ -18,7 +18,7 @@ NNUNET_POWER = 0.9  # of the polynomial (Isensee et al. 2021)
 
 
 def create_optimizer(method: nn.Module, settings: OptimizerSection) -> torch.optim.Optimizer:
-    """The optimizer over all weights of a method, or of a segmenter; those that are frozen are left out.
+    """The optimizer over all weights of a method, a segmenter or a classifier; those that are frozen are left out.
 
     Raises:
         SpecError: For an optimizer that does not exist, or one that refuses its arguments.
@@ -42,10 +42,12 @@ def create_optimizer(method: nn.Module, settings: OptimizerSection) -> torch.opt
 
 def _by_layer(method: nn.Module, settings: OptimizerSection) -> list[dict[str, Any]]:
     """Groups of parameters: the encoder's at rates that shrink towards its input, all others at the full rate."""
-    encoder = method.encoder
+    encoder = getattr(method, "encoder", method)  # an encoder's classifier is the layer behind its last
     groups = param_groups_layer_decay(
         encoder, settings.weight_decay, encoder.no_weight_decay(), layer_decay=settings.layer_decay
     )
+    if encoder is method:
+        return groups
     others = [(name, weight) for name, weight in method.named_parameters() if not name.startswith("encoder.")]
     undecayed = {name for name, weight in others if weight.ndim <= 1} | method.no_weight_decay()
     for weight_decay, chosen in ((settings.weight_decay, False), (0.0, True)):

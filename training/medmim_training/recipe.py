@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -126,6 +126,11 @@ class RunRecipe(Section):
     name: str
     summary: str
 
+    @classmethod
+    def kind_of(cls, data: dict[str, Any]) -> type[Self]:
+        """The class that reads this data: a kind of recipe may have several."""
+        return cls
+
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as it is kept beside a run."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -195,6 +200,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = (), *, kind:
         raise SpecError(f"{path}: a recipe is a mapping of keys to values")
     for override in overrides:
         _override(data, override)
+    kind = kind.kind_of(data)
     try:
         return kind.model_validate(data)
     except ValidationError as error:

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from medmim.layers.tokens import Size
 from medmim_training.tasks.cases import LoadedCase, pad_around
-from medmim_training.tasks.recipe import CropSection
+from medmim_training.tasks.recipe import ChangeSection, CropSection
 
 KEYS = ("x", "labels")
 SAMPLED = 10_000  # voxels of a class that a crop may be put around: enough, and few to keep
@@ -92,7 +92,7 @@ def _places_of_classes(labels: Tensor, generator: np.random.Generator) -> list[n
     return places
 
 
-def _changes(settings: CropSection) -> Compose:
+def _changes(settings: ChangeSection) -> Compose:
     """The random changes of a crop; the ranges of intensity are about nnU-Net's (Isensee et al. 2021)."""
     angle, p = math.radians(settings.rotate), settings.appearance
     return Compose(

@@ -36,24 +36,32 @@ class DecoderSection(Section):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-class CropSection(Section):
-    """How training crops are drawn and changed.
+class ChangeSection(Section):
+    """How training samples are changed.
 
     Attributes:
-        foreground: Share of crops around a voxel of a class drawn at random from those of the case.
         rotate: Largest angle about each axis, in degrees.
         scale: Largest change of size, as a share.
-        mirror_axes: Axes (0, 1, 2 for D, H, W) along which every other crop is mirrored.
+        mirror_axes: Axes (0, 1, 2 for D, H, W) along which every other sample is mirrored.
         appearance: Probability of each change of intensity: noise, blur, brightness, contrast.
-        workers: Processes that read ahead; 0 makes crops in the training process.
+        workers: Processes that read ahead; 0 makes samples in the training process.
     """
 
-    foreground: float = Field(0.67, ge=0, le=1)
     rotate: float = Field(15, ge=0, le=180)
     scale: float = Field(0.15, ge=0, lt=1)
     mirror_axes: tuple[Literal[0, 1, 2], ...] = ()
     appearance: float = Field(0.15, ge=0, le=1)
     workers: int = Field(0, ge=0)
+
+
+class CropSection(ChangeSection):
+    """How training crops are drawn and changed.
+
+    Attributes:
+        foreground: Share of crops around a voxel of a class drawn at random from those of the case.
+    """
+
+    foreground: float = Field(0.67, ge=0, le=1)
 
 
 class FineTuneOptimizerSection(OptimizerSection):
@@ -63,44 +71,49 @@ class FineTuneOptimizerSection(OptimizerSection):
 
 
 class FineTuneRecipe(RunRecipe):
-    """Everything that decides a fine-tuning run for segmentation, but for the folder it writes to.
+    """What decides a fine-tuning run of any task, but for the folder it writes to.
 
     Attributes:
-        data: A folder in the layout of the Medical Segmentation Decathlon (`imagesTr`, `labelsTr`), or a CSV file with
-            the columns `image` and `label`.
-        splits: A CSV file with the column `case` and any of `fold`, `split` and `subject_group`; None for
-            `subjects.csv` beside the images where it is there, else five folds are drawn.
+        task: Which kind of recipe it is.
+        data: The labelled cases, see there.
+        splits: A CSV file with the column `case` and any of `fold`, `split` and `subject_group`; see `find_cases`.
         fold: The fold that validates.
         labels: How much of the other folds is trained on: a share such as "10%", or a number of cases.
-        classes: Names by label, the background first; empty takes them from `dataset.json`.
+        classes: Their names by label.
         volume: Preprocessing; None is that of the encoder's weights.
         modality: What the scans are; None takes it from each scan.
-        frozen: Trains the decoder alone.
-        head_warmup: Steps in which the decoder is trained alone, before both are.
-        overlap: Of the windows in validation.
+        crops: How samples are drawn and changed.
+        frozen: Trains the new parts alone, the encoder stays as it is.
+        head_warmup: Steps in which the new parts are trained alone, before the encoder is too.
     """
 
     of_tasks: ClassVar[bool] = True
 
+    task: Literal["segmentation", "classification"]
     data: str
     splits: str | None = None
     fold: int = Field(0, ge=0)
     labels: str | Annotated[int, Field(gt=0)] = "100%"
     classes: tuple[str, ...] = ()
     model: EncoderSection
-    decoder: DecoderSection = DecoderSection()
     volume: VolumeSpec | None = None
     modality: Modality | None = None
-    crops: CropSection = CropSection()
+    crops: ChangeSection = ChangeSection()
     batch_size: Positive = 2
     frozen: bool = False
     head_warmup: int = Field(0, ge=0)
     optimizer: FineTuneOptimizerSection
     schedule: ScheduleSection
-    overlap: float = Field(0.5, ge=0, lt=1)
     precision: Precision = "auto"
     output: OutputSection = OutputSection()
     seed: int = Field(0, ge=0)
+
+    @classmethod
+    def kind_of(cls, data: dict[str, Any]) -> type[FineTuneRecipe]:
+        if cls is not FineTuneRecipe:
+            return cls
+        kinds = {"segmentation": SegmentationRecipe, "classification": ClassificationRecipe}
+        return kinds.get(data.get("task", "segmentation"), cls)
 
     @field_validator("labels")
     @classmethod
@@ -119,3 +132,31 @@ class FineTuneRecipe(RunRecipe):
         if isinstance(self.labels, int):
             return min(self.labels, cases)
         return max(1, round(cases * float(self.labels.removesuffix("%")) / 100))
+
+
+class SegmentationRecipe(FineTuneRecipe):
+    """A fine-tuning run for segmentation.
+
+    Attributes:
+        data: A folder in the layout of the Medical Segmentation Decathlon (`imagesTr`, `labelsTr`), or a CSV file with
+            the columns `image` and `label`.
+        classes: Names by label, the background first; empty takes them from `dataset.json`.
+        overlap: Of the windows in validation.
+    """
+
+    task: Literal["segmentation"] = "segmentation"
+    decoder: DecoderSection = DecoderSection()
+    crops: CropSection = CropSection()
+    overlap: float = Field(0.5, ge=0, lt=1)
+
+
+class ClassificationRecipe(FineTuneRecipe):
+    """A fine-tuning run for classification; `model.args` may say how features are pooled (`global_pool`).
+
+    Attributes:
+        data: A CSV file with the columns `image` and `label`, a class each, or an `.npz` file of MedMNIST; see
+            `find_labelled`.
+        classes: Names by label; empty takes the labels themselves.
+    """
+
+    task: Literal["classification"]

@@ -1,0 +1,285 @@
+"""The loop that fine-tunes: steps, validation, checkpoints and what a run leaves; it knows no task by name.
+
+As in pretraining, everything random about a step is seeded by the step, so a resumed run gives bit for bit the weights
+of one that was never stopped. One process; the data is held in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from medmim.errors import SpecError
+from medmim.factory import save_pretrained
+from medmim.files import atomic_write
+from medmim_training.checkpoint import BEST, load_latest, save_checkpoint
+from medmim_training.engine import CHECKPOINTS, METRICS_FILE, PICTURES, PRIME, RECIPE_FILE, NonFiniteLossError
+from medmim_training.optimization import create_optimizer, create_schedule
+from medmim_training.precision import resolve_precision
+from medmim_training.preemption import Preempted, stop_requests
+from medmim_training.recipe import load_recipe
+from medmim_training.record import Clock, MetricsLog, Report
+from medmim_training.tasks.cases import Case, Split, choose, split_cases
+from medmim_training.tasks.recipe import FineTuneRecipe
+
+MODEL, VALIDATION_FILE, SCORES_FILE, SPLIT_FILE = "model", "validation.jsonl", "scores.csv", "split.json"
+
+
+class Validation(ABC):
+    """How well the validation cases are predicted after some steps: a frozen dataclass, whose text is for people."""
+
+    step: int
+
+    @property
+    @abstractmethod
+    def quality(self) -> float:
+        """What the best model has most of."""
+
+
+class Task(ABC):
+    """What a model is fine-tuned for: its data, its loss, and how well it does.
+
+    Attributes:
+        recipe: Of the run.
+        split: Who trains, validates and stays out.
+        model: What is trained; `spec.volume` says how scans are prepared.
+        head: The parts of it that are new for the task; all others are the encoder's.
+    """
+
+    recipe: FineTuneRecipe
+    split: Split
+    model: nn.Module
+    head: Sequence[nn.Module]
+
+    @abstractmethod
+    def load(self) -> None:
+        """Reads the cases that train and validate into memory."""
+
+    @abstractmethod
+    def samples(self, length: int) -> Dataset:
+        """`length` training samples, each a function of the seed and its number: a dict with `x` and `case`."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of the model's `outputs`, in float32, for a batch of samples."""
+
+    @abstractmethod
+    def validate(self, step: int, pictures: Path) -> tuple[Validation, list[tuple]]:
+        """How well the model does after `step` steps, and the score or prediction of each case as plain data.
+
+        Args:
+            step: Steps done.
+            pictures: A folder, for pictures of predictions.
+        """
+
+    @abstractmethod
+    def write_scores(self, path: Path, scores: list[tuple]) -> None:
+        """Writes what `validate` gave for each case as a CSV file."""
+
+
+def split_of(recipe: FineTuneRecipe, cases: Sequence[Case]) -> Split:
+    """Who trains, of whom as many as the recipe says, who validates, and who stays out.
+
+    Raises:
+        SpecError: See `split_cases`.
+    """
+    split = split_cases(cases, recipe.fold, source=recipe.splits or recipe.data)
+    chosen = choose(split.training, recipe.count_labels(len(split.training)), seed=recipe.seed)
+    return Split(chosen, split.validation, split.test)
+
+
+class Run:
+    """One run: what it is made of, and the loop over it.
+
+    Args:
+        task: What is trained, and for what.
+        folder: `recipe.yaml`, `split.json` (who trains and validates), `metrics.jsonl`, `validation.jsonl`,
+            `checkpoints/`, `pictures/` and, at the end, `model/`, the best one, which `medmim.from_pretrained` loads,
+            and `scores.csv`, how it does on each validation case. When it holds a checkpoint of the same recipe, the
+            run resumes there.
+
+    Raises:
+        SpecError: For settings that cannot be used, or when the folder holds another recipe's run.
+        ScanError: For a case that cannot be read.
+    """
+
+    def __init__(self, task: Task, folder: str | Path) -> None:
+        self.task, self.recipe, self.model, self.folder = task, task.recipe, task.model, Path(folder)
+        recipe, precision = self.recipe, resolve_precision(self.recipe.precision)
+        self.accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision, cpu=not torch.cuda.is_available()
+        )
+        if self.accelerator.num_processes > 1:
+            raise SpecError("fine-tuning runs in one process; start it without a launcher")
+        if self.model.spec.volume is None:
+            raise SpecError(f"{recipe.name}: a model from scratch has no preprocessing; give volume= in the recipe")
+        self._claim()
+        task.load()
+
+        self._choose_trained(encoder=not recipe.frozen)
+        optimizer = create_optimizer(self.model, recipe.optimizer)
+        self.schedule = create_schedule(optimizer, recipe.schedule)
+        self.start, self.best, self.clock, self.validations = 0, -math.inf, Clock(), []
+        self._resume(optimizer)
+        self.trained, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.metrics = MetricsLog(self.folder / METRICS_FILE, self.start)
+
+    # --- construction -------------------------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        """Makes the run's folder, or checks that the run in it is this recipe's."""
+        path, text = self.folder / RECIPE_FILE, self.recipe.to_yaml()
+        # Read, not compared as text: a run from before a key existed has that key's default.
+        if path.is_file() and load_recipe(str(path), kind=FineTuneRecipe).to_yaml() != text:
+            raise SpecError(
+                f"{path}: another recipe ran here; choose another folder, or that recipe to go on with its run"
+            )
+        sides = {side.name: [case.name for case in getattr(self.task.split, side.name)] for side in fields(Split)}
+        _write(path, text)
+        _write(self.folder / SPLIT_FILE, json.dumps(sides, indent=1) + "\n")
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> None:
+        checkpoint = load_latest(self.folder / CHECKPOINTS)
+        if checkpoint is None:
+            return
+        self.start, self.best, self.clock = checkpoint["step"], checkpoint["best"], Clock(checkpoint["spent"])
+        self.validations = checkpoint["validations"]
+        self.model.load_state_dict(checkpoint["method"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        watch: Callable[[Report], None] = lambda report: None,
+        watch_validation: Callable[[Validation], None] = lambda validation: None,
+    ) -> nn.Module:
+        """Runs to the end.
+
+        Args:
+            watch: Called every `output.log_every` steps.
+            watch_validation: Called after each validation, every `output.checkpoint_every` steps.
+
+        Returns:
+            The model that was best in validation, in evaluation mode.
+
+        Raises:
+            NonFiniteLossError: When the loss is no number any more.
+            CheckpointError: When the disk is full.
+            Preempted: After SIGTERM; the run has saved itself.
+        """
+        every, steps = self.recipe.output, self.recipe.schedule.steps
+        batches, waited, since = self._batches(), 0.0, (self.start, time.perf_counter())
+        with stop_requests() as stop:
+            for done in range(self.start + 1, steps + 1):
+                before = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - before
+                loss, grad_norm = self._step(batch, done)
+                finished, stopped = done == steps, stop.is_set()
+                if finished or stopped or done % every.log_every == 0:
+                    report = self._report(done, loss, grad_norm, waited, since)
+                    self.metrics.write(report)
+                    watch(report)
+                    waited, since = 0.0, (done, time.perf_counter())
+                if finished or stopped or done % every.checkpoint_every == 0:
+                    watch_validation(self._validate_and_save(done))
+                if stopped and not finished:
+                    raise Preempted(f"{self.folder}: stopped and saved at step {done}; the same command goes on")
+        return self._finish()
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        workers, batch_size = self.recipe.crops.workers, self.recipe.batch_size
+        samples = self.task.samples(self.recipe.schedule.steps * batch_size)
+        loader = DataLoader(
+            samples,
+            batch_size=batch_size,
+            sampler=range(self.start * batch_size, len(samples)),
+            num_workers=workers,
+            # Forking a process in which torch's threads run can hang.
+            multiprocessing_context="spawn" if workers else None,
+        )
+        for batch in loader:
+            yield {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _step(self, batch: dict[str, Tensor], done: int) -> tuple[float, float]:
+        """One optimizer step: the loss, and the norm of the gradient before it was clipped."""
+        self.schedule.step_update(done)  # from 1, so that the first step already has a rate above zero
+        torch.manual_seed(self.recipe.seed * PRIME + done)  # for dropped paths, which take torch's own generator
+        self._choose_trained(encoder=not self.recipe.frozen and done > self.recipe.head_warmup)
+        loss = self.task.loss(self.trained(batch["x"]).float(), batch)
+        if not math.isfinite(value := loss.item()):
+            names = sorted({self.task.split.training[i].name for i in batch["case"].tolist()})
+            raise NonFiniteLossError(f"step {done}: the loss is {value}; look at {', '.join(names)}, or lower the rate")
+        self.accelerator.backward(loss)
+        grad_norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), self.recipe.optimizer.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value, float(grad_norm)
+
+    def _choose_trained(self, *, encoder: bool) -> None:
+        """Training mode, in which the encoder may be left as it is: its weights and what it drops."""
+        self.model.train(encoder).requires_grad_(encoder)
+        for part in self.task.head:
+            part.train().requires_grad_(True)
+
+    def _report(self, done: int, loss: float, grad_norm: float, waited: float, since: tuple[int, float]) -> Report:
+        seconds, spent = time.perf_counter() - since[1], self.clock.read()
+        return Report(
+            step=done,
+            steps=self.recipe.schedule.steps,
+            loss=loss,
+            lr=max(group["lr"] for group in self.optimizer.param_groups),
+            grad_norm=grad_norm,
+            crops_per_second=(done - since[0]) * self.recipe.batch_size / seconds,
+            waiting=waited / seconds,
+            wall_seconds=spent["wall"],
+            cpu_seconds=spent["cpu"],
+        )
+
+    # --- validation ---------------------------------------------------------------------------------------------------
+
+    def _validate_and_save(self, done: int) -> Validation:
+        """Validates and saves everything; the best model so far stays as such."""
+        validation, scores = self.task.validate(done, self.folder / PICTURES)
+        self.validations.append(asdict(validation))
+        is_best, self.best = validation.quality > self.best, max(validation.quality, self.best)
+        state: dict[str, Any] = {
+            "step": done,
+            "best": self.best,
+            "spent": self.clock.read(),
+            "validations": self.validations,
+            "scores": scores,
+            "method": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        save_checkpoint(self.folder / CHECKPOINTS, done, state, keep=self.recipe.output.keep, best=is_best)
+        _write(self.folder / VALIDATION_FILE, "".join(json.dumps(each) + "\n" for each in self.validations))
+        return validation
+
+    def _finish(self) -> nn.Module:
+        """Writes the best model and how it does on each case."""
+        best = torch.load(self.folder / CHECKPOINTS / BEST, map_location="cpu", weights_only=True)
+        with atomic_write(self.folder / SCORES_FILE) as temporary:
+            self.task.write_scores(temporary, best["scores"])
+        model: nn.Module = self.accelerator.unwrap_model(self.trained, keep_fp32_wrapper=False)
+        model.load_state_dict(best["method"])
+        model.requires_grad_(True)
+        save_pretrained(model, self.folder / MODEL)
+        return model.eval()
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
