@@ -39,6 +39,8 @@ UNBUILDABLE = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError
 # Arguments that a model's own methods change after it was built; the model's attributes of these names are current.
 CHANGEABLE = ("img_size", "patch_size", "num_classes", "global_pool")
 
+POOL = "attn_pool."  # what the keys of a pool that is trained with the classifier start with
+
 # What a record of weights says about published files, and so is not true of files that are saved anew.
 OF_PUBLISHED_FILES = ("repo", "revision", "golden", "evidence", "converter")
 
@@ -366,7 +368,7 @@ def _with_decoder(encoder: nn.Module, task: TaskSpec | None, name: str) -> nn.Mo
 
 def _task_kept(stored: ModelSpec, args: Mapping[str, Any]) -> TaskSpec | None:
     """The stored task, unless the model was given another classifier than the task's."""
-    is_other = args.get("num_classes") != stored.args.get("num_classes")
+    is_other = any(args.get(key) != stored.args.get(key) for key in ("num_classes", "global_pool"))
     return None if is_other and stored.task is not None and stored.task.kind == "classification" else stored.task
 
 
@@ -442,30 +444,37 @@ def _fill(
 ) -> None:
     """Gives a model built with `args` on meta the tensors that were saved from the model that `stored` describes."""
     stored_args = registry.as_arguments(stored.args)
-    source_args = {**_defaults(family.cls), **stored_args}
-    new_head = _drop_other_head(model, tensors, source_args)
+    defaults = _defaults(family.cls)
+    source_args = {**defaults, **stored_args}
+    other_pool = source_args.get("global_pool") != {**defaults, **args}.get("global_pool")
+    new_head = _drop_other_head(model, tensors, source_args, other_pool=other_pool)
     if args != stored_args:
         tensors = dict(_adapt(family, model, tensors, source_args, source))
     load_strictly(model, tensors, source=source, optional=new_head, device=device, dtype=dtype)
     if new_head:
-        model.reset_classifier(model.num_classes)
+        model.reset_classifier(model.num_classes, *([model.global_pool] if other_pool else []))
     _materialise(model)
 
 
-def _drop_other_head(model: nn.Module, tensors: dict[str, Tensor], source_args: Mapping[str, Any]) -> set[str]:
+def _drop_other_head(
+    model: nn.Module, tensors: dict[str, Tensor], source_args: Mapping[str, Any], *, other_pool: bool
+) -> set[str]:
     """Takes the stored classifier out of `tensors` when the model is to have another one or none.
 
+    With `other_pool` it is another one in any case, behind a pool of its own: it was trained for what it was given.
+
     Returns:
-        The keys of the classifier that has to be initialised instead.
+        The keys of what has to be initialised instead.
     """
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
     prefix = next((f"{name}." for name, module in model.named_modules() if module is head), None)
     if prefix is None:
         return set()
-    wanted = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(prefix)}
-    stored = {key: tensor.shape for key, tensor in tensors.items() if key.startswith(prefix)}
-    is_other = model.num_classes != source_args.get("num_classes")
-    if stored == wanted or (wanted and not is_other):
+    prefixes = (prefix, POOL) if other_pool else (prefix,)
+    wanted = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(prefixes)}
+    stored = {key: tensor.shape for key, tensor in tensors.items() if key.startswith(prefixes)}
+    is_other = other_pool or model.num_classes != source_args.get("num_classes")
+    if (stored == wanted and not other_pool) or (wanted and not is_other):
         return set()
     for key in stored:
         del tensors[key]

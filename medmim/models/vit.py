@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -36,7 +37,8 @@ class VisionTransformer3D(Shareable, nn.Module):
         patch_size: Voxels of a patch along (D, H, W).
         in_chans: Channels of the input.
         num_classes: Outputs of the classifier; 0 for none, `forward` then gives pooled features.
-        global_pool: "avg" over patch tokens, or "token" for the class token.
+        global_pool: "avg" over patch tokens, "token" for the class token, or "attn" for what a learned query attends to
+            among the patch tokens (timm's `AttentionPoolLatent`).
         embed_dim: Width C.
         depth: Blocks.
         num_heads: Attention heads; must divide the width.
@@ -59,7 +61,7 @@ class VisionTransformer3D(Shareable, nn.Module):
         *,
         in_chans: int = 1,
         num_classes: int = 0,
-        global_pool: Literal["avg", "token"] = "avg",
+        global_pool: Literal["avg", "token", "attn"] = "avg",
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
@@ -79,6 +81,7 @@ class VisionTransformer3D(Shareable, nn.Module):
         self.grid_size = to_grid_size(self.img_size, self.patch_size)
         self.in_chans = in_chans
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
+        self.num_heads, self.mlp_ratio = num_heads, mlp_ratio
         self.num_prefix_tokens = int(class_token) + num_registers
         self.learned_positions = pos_embed == "learned"
         self.grad_checkpointing = False
@@ -101,6 +104,7 @@ class VisionTransformer3D(Shareable, nn.Module):
             for rate in rates
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.attn_pool: nn.Module | None = None
         self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
         self.init_buffers()
@@ -162,15 +166,30 @@ class VisionTransformer3D(Shareable, nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier by a new one for `num_classes` (0 for none), and the pooling when given."""
-        global_pool = global_pool or self.global_pool
-        if global_pool not in ("avg", "token"):
-            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg' or 'token'")
-        if global_pool == "token" and self.cls_token is None:
-            raise ValueError("global_pool='token' needs class_token=True")
-        self.num_classes, self.global_pool = num_classes, global_pool
+        if global_pool is not None:
+            self._reset_pool(global_pool)
+        self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
         self.head.to(self.norm.weight)
         self.init_head()
+
+    def _reset_pool(self, global_pool: str) -> None:
+        if global_pool not in ("avg", "token", "attn"):
+            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg', 'token' or 'attn'")
+        if global_pool == "token" and self.cls_token is None:
+            raise ValueError("global_pool='token' needs class_token=True")
+        self.global_pool, self.attn_pool = global_pool, None
+        if global_pool == "attn":
+            from timm.layers import AttentionPoolLatent
+
+            self.attn_pool = AttentionPoolLatent(
+                self.embed_dim,
+                num_heads=self.num_heads,
+                mlp_ratio=self.mlp_ratio,
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            )
+            self.attn_pool.to(self.norm.weight)
+            self.attn_pool.apply(init_transformer)
 
     def get_classifier(self) -> nn.Module:
         """The classifier, an identity when there is none."""
@@ -189,7 +208,7 @@ class VisionTransformer3D(Shareable, nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must leave alone."""
-        return {"pos_embed", "cls_token", "reg_token"}
+        return {"pos_embed", "cls_token", "reg_token", "attn_pool.latent"}
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -255,7 +274,11 @@ class VisionTransformer3D(Shareable, nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools tokens (B, P + N, C) to (B, C) and, unless `pre_logits`, classifies them to (B, num_classes)."""
-        x = x[:, 0] if self.global_pool == "token" else x[:, self.num_prefix_tokens :].mean(dim=1)
+        patches = x[:, self.num_prefix_tokens :]  # (B, N, C)
+        if self.attn_pool is not None:
+            x = self.attn_pool(patches)
+        else:
+            x = x[:, 0] if self.global_pool == "token" else patches.mean(dim=1)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
