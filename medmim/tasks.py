@@ -52,7 +52,7 @@ def create_segmenter(
         raise SpecError(f"num_classes is {num_classes}, but {len(classes)} classes are named")
     model = create_model(encoder, pretrained, **kwargs)
     if isinstance(model, Segmenter):
-        model = _encoder_of(model)
+        model = encoder_of(model)
     model.reset_classifier(0)
     part = PartSpec(kind=decoder, args=dict(decoder_args or {}))
     segmenter = Segmenter(model, part, num_classes=len(classes))
@@ -87,8 +87,8 @@ def _with_task(spec: ModelSpec, *, classes: Sequence[str], volume: VolumeSpec | 
     return spec.model_copy(update={"task": TaskSpec.parse(task, source=f"task of {spec.name}")})
 
 
-def _encoder_of(segmenter: Segmenter) -> nn.Module:
-    """The encoder, with the spec of the segmenter but for its task."""
+def encoder_of(segmenter: Segmenter) -> nn.Module:
+    """The encoder of a segmenter, with its spec but for the task."""
     encoder = segmenter.encoder
     encoder.spec = segmenter.spec.model_copy(update={"task": None})
     return encoder

@@ -595,6 +595,40 @@ def test_what_was_changed_by_the_models_own_methods_is_saved(tiny_folder, tmp_pa
     assert torch.equal(loaded(volumes(model)), model(volumes(model)))
 
 
+def test_attentive_pooling_is_new_on_weights_without_it_and_loads_back(tiny_folder, tmp_path):
+    encoder = medmim.from_pretrained(tiny_folder[0])
+    torch.manual_seed(0)
+    model = medmim.from_pretrained(tiny_folder[0], num_classes=3, global_pool="attn")
+    state, kept = model.state_dict(), encoder.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
+    assert {name.split(".")[0] for name in state.keys() - kept.keys()} == {"attn_pool", "head"}
+    torch.manual_seed(0)
+    again = medmim.from_pretrained(tiny_folder[0], num_classes=3, global_pool="attn")
+    assert_same_state(again, model)
+
+    medmim.name_classes(model, ("a", "b", "c"))
+    medmim.save_pretrained(model, tmp_path / "task")
+    loaded = medmim.from_pretrained(tmp_path / "task")
+    assert_same_state(loaded, model)
+    assert torch.equal(loaded(volumes(model)), model(volumes(model)))
+    pooled = medmim.from_pretrained(tmp_path / "task", num_classes=0)  # the pool that was trained stays
+    assert torch.equal(pooled(volumes(model)), model.forward_head(model.forward_features(volumes(model)), True))
+    # A classifier is no good for features that are pooled otherwise.
+    other = medmim.from_pretrained(tmp_path / "task", global_pool="avg")
+    assert other.attn_pool is None
+    assert other.spec.task is None
+    assert not torch.equal(other.head.weight, model.head.weight)
+
+
+def test_a_pool_that_is_said_to_be_there_and_is_not_is_an_error(tiny_folder, tmp_path):
+    medmim.save_pretrained(medmim.from_pretrained(tiny_folder[0]), tmp_path / "task")
+    config = json.loads((tmp_path / "task" / "config.json").read_text())
+    config["args"]["global_pool"] = "attn"
+    (tmp_path / "task" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"missing: attn_pool\.latent \(1, 1, 48\)"):
+        medmim.from_pretrained(tmp_path / "task")
+
+
 def test_a_model_its_spec_does_not_describe_is_not_saved(tmp_path):
     model = tiny_model()
     model.prune_intermediate_layers([0])

@@ -23,7 +23,7 @@ FORMS = {
     "vit": {
         "plain": {},
         "tokens": {"class_token": True, "num_registers": 2, "global_pool": "token"},
-        "learned": {"pos_embed": "learned", "init_values": 0.1, "in_chans": 2},
+        "learned": {"pos_embed": "learned", "init_values": 0.1, "in_chans": 2, "global_pool": "attn"},
     },
 }
 OTHERWISE = {"plain": {}, "channels": {"in_chans": 2}}
@@ -178,7 +178,7 @@ def test_layer_decay_covers_all_parameters_once_and_leaves_vectors_alone(model):
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     named = dict(model.named_parameters())
-    assert scale[id(named["head.weight"])] == 1.0
+    assert all(scale[id(p)] == 1.0 for name, p in named.items() if name.startswith(("head.", "attn_pool.")))
     assert min(scale.values()) < 0.5
     assert not any(decay[id(p)] for name, p in named.items() if name in model.no_weight_decay() or p.ndim == 1)
 
@@ -230,6 +230,21 @@ def test_another_patch_size(model):
     model.set_input_size(patch_size=size)
     assert model.grid_size[2] == model.img_size[2] // size[2]
     assert model(torch.rand(1, model.in_chans, *model.img_size)).shape == (1, model.num_features)
+
+
+def test_attention_pools_whatever_the_order_and_leaves_the_prefix_out():
+    model = tiny_model(global_pool="attn", class_token=True, num_registers=1).eval()
+    tokens = torch.rand(2, 2 + math.prod(model.grid_size), model.num_features)
+    pooled = model.forward_head(tokens, pre_logits=True)
+    shuffled = torch.cat([torch.zeros(2, 2, model.num_features), tokens[:, 2:].flip(1)], dim=1)
+    torch.testing.assert_close(model.forward_head(shuffled, pre_logits=True), pooled)
+    assert (model.forward_head(tokens.clone(), pre_logits=True) - tokens[:, 2:].mean(dim=1)).abs().max() > 0.1
+    model.reset_classifier(3)
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), pooled)
+    model.reset_classifier(3, "attn")
+    assert not torch.allclose(model.forward_head(tokens, pre_logits=True), pooled)
+    model.reset_classifier(3, "avg")
+    assert not any(name.startswith("attn_pool") for name in model.state_dict())
 
 
 def test_constructor_refuses_what_cannot_be():

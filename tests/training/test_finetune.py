@@ -25,7 +25,7 @@ from medmim_training import cli
 from medmim_training.engine import NonFiniteLossError
 from medmim_training.preemption import Preempted
 from medmim_training.recipe import list_recipes, load_recipe
-from medmim_training.tasks import segmentation
+from medmim_training.tasks import classification, segmentation
 from medmim_training.tasks.cases import LoadedCase, choose, find_cases, find_classes, load_case, pad_around, split_cases
 from medmim_training.tasks.crops import LabelledCrops
 from medmim_training.tasks.loop import Run
@@ -127,7 +127,11 @@ def test_packaged_recipes_are_valid(name):
     recipe = recipe.model_copy(
         update={"classes": CLASSES, "model": recipe.model.model_copy(update={"pretrained": False})}
     )
-    assert segmentation.build_segmenter(recipe).spec.task.classes == CLASSES
+    if recipe.task == "segmentation":
+        model = segmentation.build_segmenter(recipe)
+    else:
+        model = classification.build_classifier(recipe, CLASSES)
+    assert (model.spec.task.kind, model.spec.task.classes) == (recipe.task, CLASSES)
 
 
 @pytest.mark.parametrize(

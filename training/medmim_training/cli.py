@@ -1,8 +1,9 @@
-"""`medmim-train`: prepare scans, pretrain, package and publish weights, fine-tune."""
+"""`medmim-train`: prepare scans, pretrain, package and publish weights, fine-tune and probe."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,14 @@ from medmim.errors import ScanError, SpecError, printable
 if TYPE_CHECKING:
     from medmim.spec import ModelSpec
     from medmim_training.recipe import Recipe
+
+
+class ProbeSplit(StrEnum):
+    """Which cases `probe` reports on."""
+
+    val = "val"
+    test = "test"
+
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
 console = Terminal()
@@ -194,6 +203,54 @@ def finetune(
 
         run_finetuning(chosen, out, watch=watch, watch_validation=watch_validation)
     console.print(f"done: {out}; use it: medmim {use} -m local-dir:{out / MODEL}", soft_wrap=True)
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="Model name, local-dir:FOLDER or hf-hub:ORG/NAME.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results and the features.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value: data=FILE modality=MR model.args.img_size=[32,32,32] ...")
+    ] = None,
+    split: Annotated[ProbeSplit, typer.Option(help="test: also on the cases kept for the very end.")] = ProbeSplit.val,
+    scratch: Annotated[bool, typer.Option("--scratch", help="Random weights, for comparison.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")] = None,
+) -> None:
+    """Classifies by frozen features: nearest neighbours and logistic regression, with no training loop.
+
+    Example: `medmim-train probe vit_t_mae3d data=cases.csv -o probe`
+    """
+    import torch
+
+    from medmim_training.recipe import make_settings
+    from medmim_training.tasks.probe import probe as run_probe
+    from medmim_training.tasks.recipe import ProbeRecipe
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = make_settings(
+        {"model": {"name": model, "pretrained": not scratch}}, overrides or [], kind=ProbeRecipe, source="probe"
+    )
+    with _progress() as progress:
+        task = progress.add_task("encoding", total=None)
+        results = run_probe(
+            chosen,
+            out,
+            test=split is ProbeSplit.test,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    table = Table("probe", "cases", "AUC", "balanced accuracy", title=printable(model))
+    for each in results:
+        name = f"{each.probe} {'k' if each.probe == 'knn' else 'C'}={each.setting:g}"
+        values = (
+            f"{value:.3f} ({low:.2f} to {high:.2f})"
+            for value, (low, high) in (
+                (each.scores.auc, each.scores.auc_interval),
+                (each.scores.balanced_accuracy, each.scores.balanced_accuracy_interval),
+            )
+        )
+        table.add_row(name, f"{each.cases} {each.side}", *values)
+    console.print(table)
 
 
 @app.command()

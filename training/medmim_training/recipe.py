@@ -163,6 +163,7 @@ class Recipe(RunRecipe):
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def recipe_folder() -> Path:
@@ -198,13 +199,26 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = (), *, kind:
     data = _parse_yaml(read_text(path, RECIPE_BYTES), source=str(path))
     if not isinstance(data, dict):
         raise SpecError(f"{path}: a recipe is a mapping of keys to values")
+    return make_settings(data, overrides, kind=kind.kind_of(data), source=str(path))
+
+
+def make_settings(
+    data: dict[str, Any], overrides: list[str] | tuple[str, ...], *, kind: type[AnySection], source: str
+) -> AnySection:
+    """Validates plain data after overrides.
+
+    Args:
+        data: Changed in place.
+        overrides: See `load_recipe`, as the errors.
+        kind: What it must be.
+        source: Named in the errors.
+    """
     for override in overrides:
         _override(data, override)
-    kind = kind.kind_of(data)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise SpecError(f"{path}: {_explain(error, kind)}") from None
+        raise SpecError(f"{source}: {_explain(error, kind)}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -238,7 +252,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
-def _explain(error: ValidationError, kind: type[RunRecipe]) -> str:
+def _explain(error: ValidationError, kind: type[Section]) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":

@@ -1,5 +1,6 @@
-"""Supervised use of encoders: fine-tuning for segmentation, and how well it works.
+"""Supervised use of encoders: fine-tuning for segmentation and classification, probes, and how well they work.
 
-The parts: `recipe` (a run as data), `cases` (labelled scans and who trains, validates and tests), `crops` (what the
-network sees), `metrics`, `loop`, which knows no task by name, and a file a task: `segmentation`.
+The parts: `recipe` (a run as data), `cases` and `labelled` (scans with labels a voxel, or a class each, and who trains,
+validates and tests), `crops` (what the network sees), `metrics`, `loop`, which knows no task by name, a file a task,
+`segmentation` and `classification`, and `probe`, which trains no network.
 """

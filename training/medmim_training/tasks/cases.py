@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ from medmim.volumes import NIFTI_SUFFIXES, find_scans, load_volume
 
 IMAGES, LABELS, DATASET, SPLITS = "imagesTr", "labelsTr", "dataset.json", "subjects.csv"
 FOLDS = 5
+VALIDATES = ("val", "validation")
+TRAINS = -1  # in place of a fold, where the data says who validates: that of a case that never does
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,16 @@ class Case:
     """A scan and its labels.
 
     Attributes:
+        image: A file, or the voxels themselves where one file holds many.
+        label: A file with a label a voxel, or the number of the scan's class.
         group: Of cases that belong together, such as one subject's; the case itself where nothing is said.
         fold: Which fold it validates in.
         is_test: Whether it is kept for the last evaluation.
     """
 
     name: str
-    image: Path
-    label: Path
+    image: Path | np.ndarray = field(compare=False)
+    label: Path | int
     group: str
     fold: int = 0
     is_test: bool = False
@@ -78,8 +82,7 @@ def find_cases(data: str | Path, splits: str | Path | None = None) -> list[Case]
     Args:
         data: A Decathlon folder, or a CSV file with the columns `image` and `label` (relative to it), and optionally
             those of a split file.
-        splits: A CSV file with the column `case` and any of `fold`, `split` ("test" or anything else) and
-            `subject_group`; None for `subjects.csv` in the folder, where it is there.
+        splits: A CSV file as for `with_splits`; None for `subjects.csv` in the folder, where it is there.
 
     Raises:
         SpecError: For a folder without labelled scans, or a split file that leaves cases out.
@@ -90,17 +93,41 @@ def find_cases(data: str | Path, splits: str | Path | None = None) -> list[Case]
         if splits is None and (data / SPLITS).is_file():
             splits = data / SPLITS
     elif data.is_file():
-        table = _read_rows(data, needed=("image", "label"))
+        table = read_rows(data, needed=("image", "label"))
         cases = [_of_row(row, data) for row in table]
         rows = {case.name: row for case, row in zip(cases, table, strict=True)}
     else:
         raise SpecError(f"{data}: neither a folder with {IMAGES} and {LABELS} nor a CSV file")
+    return with_splits(cases, rows, splits, source=data)
+
+
+def with_splits(
+    cases: list[Case], rows: dict[str, dict[str, str]] | None, splits: str | Path | None, *, source: str | Path
+) -> list[Case]:
+    """The cases with what is said of who trains, validates and tests; without any word of it, folds are drawn.
+
+    Args:
+        cases: As they were found.
+        rows: What the data itself says, by case.
+        splits: A CSV file that counts instead, with the column `case` and any of `fold`, `split` and `subject_group`.
+            A `split` of "test" is kept for the last evaluation; where there are no folds and some of it is "val", those
+            validate, as fold 0.
+        source: Of `rows`, for the error.
+
+    Raises:
+        SpecError: For a split file that leaves cases out.
+    """
     if splits is not None:
-        rows = {row["case"]: row for row in _read_rows(Path(splits), needed=("case",))}
+        rows = {row["case"]: row for row in read_rows(Path(splits), needed=("case",))}
     if rows is None:
         return _draw_folds(cases)
-    cases = [_described(case, rows, str(splits or data)) for case in cases]
-    return cases if any(row.get("fold") for row in rows.values()) else _draw_folds(cases)
+    cases = [_described(case, rows, str(splits or source)) for case in cases]
+    if any(row.get("fold") for row in rows.values()):
+        return cases
+    validates = {case.name for case in cases if rows[case.name].get("split") in VALIDATES}
+    if not validates:
+        return _draw_folds(cases)
+    return [replace(case, fold=0 if case.name in validates else TRAINS) for case in cases]
 
 
 def split_cases(cases: Sequence[Case], fold: int, *, source: str) -> Split:
@@ -121,7 +148,7 @@ def split_cases(cases: Sequence[Case], fold: int, *, source: str) -> Split:
         test=tuple(case for case in cases if case.is_test),
     )
     if not split.training or not split.validation:
-        folds = sorted({case.fold for case in used})
+        folds = sorted({case.fold for case in used} - {TRAINS})
         raise SpecError(f"{source}: fold {fold} leaves nobody to train or validate with; there are folds {folds}")
     sides = [{case.group for case in side} for side in (split.training, split.validation, split.test)]
     shared = (sides[0] & sides[1]) | (sides[0] & sides[2]) | (sides[1] & sides[2])
@@ -168,7 +195,7 @@ def _of_folder(folder: Path) -> list[Case]:
         label = folder / LABELS / image.name
         if not label.is_file():
             raise SpecError(f"{image}: has no labels, {label} is missing")
-        name = _case_name(image)
+        name = case_name(image)
         cases.append(Case(name, image, label, group=name))
     if not cases:
         raise SpecError(f"{folder}: no scans in {IMAGES}; it must have {IMAGES} and {LABELS}, or give a CSV file")
@@ -177,16 +204,22 @@ def _of_folder(folder: Path) -> list[Case]:
 
 def _of_row(row: dict[str, str], source: Path) -> Case:
     image = source.parent / row["image"]
-    name = row.get("case") or _case_name(image)
+    name = row.get("case") or case_name(image)
     return Case(name, image, source.parent / row["label"], group=name)
 
 
-def _case_name(image: Path) -> str:
+def case_name(image: Path) -> str:
+    """What a case is called that nothing names: its file, without the suffix."""
     suffix = next((suffix for suffix in reversed(NIFTI_SUFFIXES) if image.name.endswith(suffix)), image.suffix)
     return image.name.removesuffix(suffix)
 
 
-def _read_rows(path: Path, *, needed: Sequence[str]) -> list[dict[str, str]]:
+def read_rows(path: Path, *, needed: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file.
+
+    Raises:
+        SpecError: When it is missing, or a needed column is.
+    """
     if not path.is_file():
         raise SpecError(f"{path}: no such file")
     with open(path, newline="", encoding="utf-8") as file:

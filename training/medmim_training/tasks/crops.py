@@ -1,4 +1,4 @@
-"""Training crops of labelled cases: sample number i is a function of the seed and i alone, as in pretraining."""
+"""Training samples of labelled cases: sample number i is a function of the seed and i alone, as in pretraining."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LabelledCrops(Dataset):
         ]
         generator = np.random.default_rng(0)
         self.places = [_places_of_classes(labels, generator) for _, labels in self.cases]
-        self.change = _changes(settings)
+        self.change = _changes(settings, KEYS)
 
     def __len__(self) -> int:
         return self.length
@@ -80,6 +80,35 @@ class LabelledCrops(Dataset):
         return generator.integers(low, high + 1).tolist()
 
 
+class ChangedVolumes(Dataset):
+    """An endless sequence of whole volumes with their classes, cut to `length`; each is as likely as any other.
+
+    Args:
+        volumes: (C, D, H, W) float32 each, all of one size, in memory.
+        classes: The number of the class of each.
+        length: Number of samples.
+        seed: Decides all samples.
+        settings: How they are changed.
+    """
+
+    def __init__(
+        self, volumes: Sequence[Tensor], classes: Sequence[int], *, length: int, seed: int, settings: ChangeSection
+    ) -> None:
+        self.volumes, self.classes, self.length, self.seed = volumes, classes, length, seed
+        self.change = _changes(settings, ("x",))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Sample `index`: "x" (C, D, H, W) float32, its "class", and "case", its number."""
+        generator = np.random.default_rng([self.seed, index])
+        case = int(generator.integers(len(self.volumes)))
+        self.change.set_random_state(seed=int(generator.integers(2**31)))
+        x = self.change({"x": self.volumes[case]})["x"].as_tensor().contiguous()
+        return {"x": x, "class": torch.tensor(self.classes[case]), "case": torch.tensor(case)}
+
+
 def _places_of_classes(labels: Tensor, generator: np.random.Generator) -> list[np.ndarray]:
     """For each class but the background that is there, some of its voxels, (n, 3)."""
     places = []
@@ -92,20 +121,23 @@ def _places_of_classes(labels: Tensor, generator: np.random.Generator) -> list[n
     return places
 
 
-def _changes(settings: ChangeSection) -> Compose:
-    """The random changes of a crop; the ranges of intensity are about nnU-Net's (Isensee et al. 2021)."""
+def _changes(settings: ChangeSection, keys: tuple[str, ...]) -> Compose:
+    """The random changes of a sample; in space, of all its keys alike.
+
+    The ranges of intensity are about nnU-Net's (Isensee et al. 2021).
+    """
     angle, p = math.radians(settings.rotate), settings.appearance
     return Compose(
         [
             RandAffined(
-                KEYS,
+                keys,
                 prob=0.5 if settings.rotate or settings.scale else 0.0,
                 rotate_range=(angle,) * 3,
                 scale_range=(settings.scale,) * 3,
-                mode=("bilinear", "nearest"),
+                mode=["bilinear" if key == "x" else "nearest" for key in keys],
                 padding_mode="border",
             ),
-            *(RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in settings.mirror_axes),
+            *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in settings.mirror_axes),
             RandGaussianNoised("x", prob=p, std=0.1),
             RandGaussianSmoothd("x", prob=p, sigma_x=(0.5, 1.0), sigma_y=(0.5, 1.0), sigma_z=(0.5, 1.0)),
             RandScaleIntensityd("x", prob=p, factors=0.25),

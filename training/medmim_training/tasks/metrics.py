@@ -1,14 +1,19 @@
-"""How well labels match: Dice and the 95th percentile of the Hausdorff distance, for each class of each case."""
+"""How well a task is done, with intervals from resampled cases.
+
+Segmentation: Dice and the 95th percentile of the Hausdorff distance, for each class of each case. Classification: the
+area under the ROC curve, balanced accuracy and accuracy, over all cases.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from monai.metrics import compute_hausdorff_distance
+from scipy.stats import rankdata
 from torch import Tensor
 
 RESAMPLES = 2000
@@ -82,3 +87,85 @@ def bootstrap_interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, flo
     draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.percentile(values[draws].mean(axis=1), (2.5, 97.5))
     return float(low), float(high)
+
+
+# --- classification ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """How well classes are told apart, each with its 95 % interval from resampled cases.
+
+    Attributes:
+        auc: Area under the ROC curve of each class against all others, mean over the classes.
+        balanced_accuracy: Share of each class that is found, mean over the classes.
+        accuracy: Share of the cases that are right.
+    """
+
+    auc: float
+    auc_interval: tuple[float, float]
+    balanced_accuracy: float
+    balanced_accuracy_interval: tuple[float, float]
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+
+    def __str__(self) -> str:
+        (low, high), balanced = self.auc_interval, self.balanced_accuracy
+        return f"AUC {self.auc:.4f} ({low:.4f} to {high:.4f}), balanced accuracy {balanced:.4f}"
+
+
+def score_classes(truth: np.ndarray, probabilities: np.ndarray, *, seed: int = 0) -> ClassScores:
+    """Scores the predictions of some cases; classes that none of them has do not count.
+
+    Args:
+        truth: (n,) numbers of classes; two at least are there.
+        probabilities: (n, K).
+        seed: Decides what is drawn for the intervals.
+    """
+    draws = np.random.default_rng(seed).integers(len(truth), size=(RESAMPLES, len(truth)))
+    scores = {}
+    for name, metric in {"auc": _auc, "balanced_accuracy": _balanced_accuracy, "accuracy": _accuracy}.items():
+        resampled = metric(truth[draws], probabilities[draws])
+        low, high = np.nanpercentile(resampled, (2.5, 97.5))  # NaN where only one class was drawn
+        scores |= {name: float(metric(truth, probabilities)), f"{name}_interval": (float(low), float(high))}
+    return ClassScores(**scores)
+
+
+def _auc(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """From ranks (Mann and Whitney), for (..., n) and (..., n, K) at once: (...,)."""
+
+    def of_class(label: int) -> np.ndarray:
+        inside = truth == label
+        ranks = rankdata(probabilities[..., label], axis=-1)
+        number = inside.sum(axis=-1)
+        above = (ranks * inside).sum(axis=-1) - number * (number + 1) / 2
+        return _over(above, number * (truth.shape[-1] - number))
+
+    classes = probabilities.shape[-1]
+    return _mean_over_classes(of_class, range(classes) if classes > 2 else (1,))  # of two, either says the same
+
+
+def _balanced_accuracy(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    right = probabilities.argmax(axis=-1) == truth
+
+    def of_class(label: int) -> np.ndarray:
+        inside = truth == label
+        return _over((right & inside).sum(axis=-1), inside.sum(axis=-1))
+
+    return _mean_over_classes(of_class, range(probabilities.shape[-1]))
+
+
+def _accuracy(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    return (probabilities.argmax(axis=-1) == truth).mean(axis=-1)
+
+
+def _over(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Their ratio; NaN for a whole of 0."""
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+
+
+def _mean_over_classes(of_class: Callable[[int], np.ndarray], classes: Iterable[int]) -> np.ndarray:
+    """The mean over the classes that have a value; NaN where none has."""
+    values = np.stack([of_class(label) for label in classes])
+    there = ~np.isnan(values)
+    return _over(np.where(there, values, 0).sum(axis=0), there.sum(axis=0))

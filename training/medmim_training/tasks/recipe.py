@@ -76,7 +76,8 @@ class FineTuneRecipe(RunRecipe):
     Attributes:
         task: Which kind of recipe it is.
         data: The labelled cases, see there.
-        splits: A CSV file with the column `case` and any of `fold`, `split` and `subject_group`; see `find_cases`.
+        splits: A CSV file with the column `case` and any of `fold`, `split` and `subject_group`, see `with_splits`;
+            None takes what the data says, such as `subjects.csv` in the folder, else five folds are drawn.
         fold: The fold that validates.
         labels: How much of the other folds is trained on: a share such as "10%", or a number of cases.
         classes: Their names by label.
@@ -151,7 +152,9 @@ class SegmentationRecipe(FineTuneRecipe):
 
 
 class ClassificationRecipe(FineTuneRecipe):
-    """A fine-tuning run for classification; `model.args` may say how features are pooled (`global_pool`).
+    """A fine-tuning run for classification, of whole volumes, cropped or padded around their middle.
+
+    `model.args` may say how features are pooled (`global_pool`).
 
     Attributes:
         data: A CSV file with the columns `image` and `label`, a class each, or an `.npz` file of MedMNIST; see
@@ -160,3 +163,25 @@ class ClassificationRecipe(FineTuneRecipe):
     """
 
     task: Literal["classification"]
+
+
+class ProbeRecipe(Section):
+    """What decides how frozen features are probed.
+
+    Attributes:
+        data: As for a `ClassificationRecipe`, as `splits`, `fold` and `classes`.
+        volume: Preprocessing; None is that of the encoder's weights, or without them of those of its name.
+        modality: What the scans are; None takes it from each scan.
+        batch_size: Scans encoded at a time.
+        seed: Of an encoder without weights.
+    """
+
+    data: str
+    splits: str | None = None
+    fold: int = Field(0, ge=0)
+    classes: tuple[str, ...] = ()
+    model: EncoderSection
+    volume: VolumeSpec | None = None
+    modality: Modality | None = None
+    batch_size: Positive = 16
+    seed: int = Field(0, ge=0)

@@ -1,0 +1,222 @@
+"""What frozen features know: nearest neighbours and logistic regression on them, with no training loop."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from medmim.errors import SpecError
+from medmim.factory import create_model
+from medmim.files import atomic_write
+from medmim.heads.segmenter import Segmenter
+from medmim.inference import evaluating
+from medmim.registry import is_model, model_info
+from medmim.spec import VolumeSpec
+from medmim.tasks import encoder_of
+from medmim.transforms import create_transform
+from medmim_training.tasks.cases import Case, split_cases
+from medmim_training.tasks.classification import check_classes
+from medmim_training.tasks.labelled import find_labelled
+from medmim_training.tasks.metrics import ClassScores, score_classes
+from medmim_training.tasks.recipe import ProbeRecipe
+
+NEIGHBOURS = (5, 20)
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, of features of unit variance
+RESULTS = "probe"
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """How well one way of using the features does.
+
+    Attributes:
+        probe: "knn" (cosine similarity, each neighbour one vote) or "logistic".
+        setting: Neighbours, or C.
+        side: Which cases: "validation" or "test". C was chosen by the AUC of the validation cases, so their scores are
+            a little too good.
+    """
+
+    probe: str
+    setting: float
+    side: str
+    cases: int
+    scores: ClassScores
+
+    def to_data(self) -> dict:
+        """Flat, as JSON and CSV have it."""
+        data = asdict(self)
+        return data | data.pop("scores")
+
+
+def probe(
+    recipe: ProbeRecipe,
+    folder: str | Path,
+    *,
+    test: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[ProbeResult]:
+    """Encodes all cases once and measures what can be told from their pooled features.
+
+    Args:
+        recipe: Which encoder and which cases.
+        folder: `probe.json` and `probe.csv`, the results, and the features, which are not computed again for the same
+            weights, preprocessing and files.
+        test: Also for the test cases: once, at the very end.
+        progress: Called with cases encoded and cases in all.
+
+    Returns:
+        The results, by probe and side.
+
+    Raises:
+        SpecError: For data or settings that cannot be used.
+        ScanError: For a scan that cannot be read.
+    """
+    folder = Path(folder)
+    cases, classes = find_labelled(recipe.data, recipe.splits, recipe.classes)
+    split = split_cases(cases, recipe.fold, source=recipe.splits or recipe.data)
+    check_classes(split, classes, source=recipe.data)
+    sides = {"training": split.training, "validation": split.validation} | ({"test": split.test} if test else {})
+    if test and len({case.label for case in split.test}) < 2:
+        raise SpecError(f"{recipe.data}: its test cases are not of two classes")
+    encoder, total, done = _encoder(recipe), sum(map(len, sides.values())), 0
+    features = {}
+    for side, chosen in sides.items():
+        features[side] = _features(
+            encoder,
+            chosen,
+            recipe,
+            folder / f"{side}.safetensors",
+            lambda more, start=done: progress(start + more, total),
+        )
+        done += len(chosen)
+    labels = {side: np.array([case.label for case in chosen]) for side, chosen in sides.items()}
+
+    def scored(classifier, name: str, setting: float) -> list[ProbeResult]:
+        return [
+            ProbeResult(name, setting, side, len(labels[side]), score_classes(labels[side], predicted))
+            for side in sides
+            if side != "training"
+            for predicted in [classifier.predict_proba(features[side])]
+        ]
+
+    results = []
+    for neighbours in NEIGHBOURS:
+        nearest = KNeighborsClassifier(min(neighbours, len(labels["training"])), metric="cosine")
+        results += scored(nearest.fit(features["training"], labels["training"]), "knn", neighbours)
+    results += scored(*_best_regression(features, labels))
+    _write(folder, results)
+    return results
+
+
+def _best_regression(features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> tuple:
+    """The regression that is best in validation, fitted to the training cases; "logistic"; its C."""
+
+    def fitted(strength: float):
+        regression = LogisticRegression(C=strength, class_weight="balanced", max_iter=10_000)
+        return make_pipeline(StandardScaler(), regression).fit(features["training"], labels["training"])
+
+    def quality(strength: float) -> float:
+        return score_classes(labels["validation"], candidates[strength].predict_proba(features["validation"])).auc
+
+    candidates = {strength: fitted(strength) for strength in STRENGTHS}
+    best = max(STRENGTHS, key=quality)
+    return candidates[best], "logistic", best
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+def _encoder(recipe: ProbeRecipe) -> nn.Module:
+    torch.manual_seed(recipe.seed)
+    device = "cuda" if torch.cuda.is_available() else None
+    model = create_model(recipe.model.name, recipe.model.pretrained, device=device, **recipe.model.args)
+    model = encoder_of(model) if isinstance(model, Segmenter) else model
+    model.reset_classifier(0)
+    return model
+
+
+def _features(
+    encoder: nn.Module, cases: Sequence[Case], recipe: ProbeRecipe, path: Path, progress: Callable[[int], None]
+) -> np.ndarray:
+    """The pooled features of some cases, (n, C); from `path` when they are there."""
+    transform = create_transform(encoder, modality=recipe.modality, volume=_preprocessing(encoder, recipe))
+    key = _fingerprint(encoder, cases, [transform.spec.to_data(), transform.img_size, recipe.modality])
+    known = _read(path, key)
+    if known is not None:
+        progress(len(cases))
+        return known
+    parameter, rows = next(encoder.parameters()), []
+    with evaluating(encoder), torch.inference_mode():
+        for start in range(0, len(cases), recipe.batch_size):
+            batch = cases[start : start + recipe.batch_size]
+            x = torch.stack([transform(case.image).as_tensor() for case in batch])
+            rows.append(encoder(x.to(parameter)).float().cpu())
+            progress(start + len(batch))
+    features = torch.cat(rows).numpy()
+    with atomic_write(path) as temporary:
+        save_file({"features": features}, temporary, metadata={"key": key})
+    return features
+
+
+def _preprocessing(encoder: nn.Module, recipe: ProbeRecipe) -> VolumeSpec:
+    """The recipe's, else that of the weights; without them that of those of the name, so that both see the same."""
+    name, volume = recipe.model.name, recipe.volume or encoder.spec.volume
+    if volume is None and is_model(name) and model_info(name).weights:
+        volume = model_info(name).weights[0].volume
+    if volume is None:
+        raise SpecError(f"{name}: nothing says how to prepare a scan; give volume=")
+    return volume
+
+
+def _fingerprint(encoder: nn.Module, cases: Sequence[Case], settings: list) -> str:
+    """What features depend on, in short: weights, preprocessing and voxels."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for case in cases:
+        if isinstance(case.image, np.ndarray):
+            what = np.ascontiguousarray(case.image).tobytes()
+        else:
+            state = case.image.stat()
+            what = f"{case.image.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
+        digest.update(what)
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str) -> np.ndarray | None:
+    """The features in a file, when they are those of the key."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.get_tensor("features") if (file.metadata() or {}).get("key") == key else None
+    except (OSError, SafetensorError):  # none there, or half of one
+        return None
+
+
+def _write(folder: Path, results: list[ProbeResult]) -> None:
+    data = [result.to_data() for result in results]
+    with atomic_write(folder / f"{RESULTS}.json") as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    with (
+        atomic_write(folder / f"{RESULTS}.csv") as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(("probe", "setting", "side", "cases", "metric", "value", "low", "high"))
+        for each in data:
+            for metric in ("auc", "balanced_accuracy", "accuracy"):
+                numbers = (f"{value:.6g}" for value in (each[metric], *each[f"{metric}_interval"]))
+                writer.writerow((each["probe"], each["setting"], each["side"], each["cases"], metric, *numbers))
