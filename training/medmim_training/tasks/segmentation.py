@@ -47,6 +47,7 @@ from medmim_training.tasks.cases import (
 )
 from medmim_training.tasks.crops import LabelledCrops
 from medmim_training.tasks.metrics import Score, bootstrap_interval, mean_of_cases, score_case
+from medmim_training.tasks.peers import PEERS, register_peers
 from medmim_training.tasks.recipe import FineTuneRecipe
 
 MODEL, VALIDATION_FILE, SCORES_FILE, SPLIT_FILE = "model", "validation.jsonl", "scores.csv", "split.json"
@@ -106,6 +107,8 @@ def finetune(
 
 def build_segmenter(recipe: FineTuneRecipe) -> Segmenter:
     """The recipe's network; the same weights for the same seed."""
+    if recipe.model.name in PEERS:
+        register_peers()
     torch.manual_seed(recipe.seed)
     return create_segmenter(
         recipe.model.name,
