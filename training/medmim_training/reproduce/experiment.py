@@ -112,7 +112,7 @@ class Experiment(Section):
     smoke: SmokeSection = SmokeSection()
 
     def tiny(self) -> Experiment:
-        """The same tables with half the seeds and the overrides of `smoke`."""
+        """The same tables with half the seeds, at least one."""
         tables = {
             name: table.model_copy(update={"seeds": max(1, table.seeds // 2)}) for name, table in self.tables.items()
         }
@@ -180,27 +180,31 @@ def load_experiment(name: str) -> Experiment:
         raise SpecError(f"{path}: {explain(error, Experiment)}") from None
 
 
-def plan_runs(experiment: Experiment, *, only: Sequence[str] = (), smoke: bool = False) -> list[Run]:
+def plan_runs(experiment: Experiment, *, smoke: bool = False) -> list[Run]:
     """The runs of an experiment, each once, in an order in which none needs a later one.
 
     Args:
-        experiment: What is asked for.
-        only: Names of tables; empty for all.
-        smoke: The tiny form.
+        experiment: What is asked for; with `smoke`, what `Experiment.tiny` gave.
+        smoke: Whether to apply the overrides of `experiment.smoke`.
 
     Raises:
-        SpecError: For a table that does not exist, or an override that is wrong.
+        SpecError: For an override that is wrong.
     """
-    unknown = [name for name in only if name not in experiment.tables]
-    if unknown:
-        raise SpecError(f"{experiment.name} has no table {unknown[0]!r}; it has {', '.join(experiment.tables)}")
-    planned = _Plan(experiment.tiny() if smoke else experiment, experiment.smoke if smoke else SmokeSection())
-    for name, table in planned.experiment.tables.items():
-        if not only or name in only:
-            for seed in range(table.seeds):
-                for row in table.rows:
-                    planned.add(name, row, seed)
+    planned = _Plan(experiment, experiment.smoke if smoke else SmokeSection())
+    for name, table in experiment.tables.items():
+        for seed in range(table.seeds):
+            for row in table.rows:
+                planned.add(name, row, seed)
     return list(planned.runs.values())
+
+
+def needed_for(runs: Sequence[Run], tables: Sequence[str]) -> list[Run]:
+    """Those of the runs that some tables have rows of, and what these start from; all when no table is named."""
+    if not tables:
+        return list(runs)
+    tuned = [run for run in runs if isinstance(run, FineTuningRun) and any(table in tables for table, _ in run.rows)]
+    needed = {run.id for run in tuned} | {run.start.id for run in tuned if run.start is not None}
+    return [run for run in runs if run.id in needed]
 
 
 class _Plan:
@@ -220,7 +224,7 @@ class _Plan:
         recipe = load_recipe(section.recipe, ("data=DATA", *overrides), kind=FineTuneRecipe)
         known = "" if reference is None else reference.id
         run = FineTuningRun(
-            _identity(f"{row.start}-seed{seed}", recipe, known),
+            _identity(f"{_origin(row, recipe)}-seed{seed}", recipe, known),
             recipe,
             section.recipe,
             overrides,
@@ -253,6 +257,10 @@ class _Plan:
         recipe = load_recipe(section.recipe, overrides)
         run = PretrainingRun(_identity(variant, recipe), recipe, section.recipe, overrides)
         return self.runs.setdefault(run.id, run)
+
+
+def _origin(row: Row, recipe: FineTuneRecipe) -> str:
+    return f"{recipe.model.name}-{SCRATCH}" if row.start == SCRATCH else row.start
 
 
 def _identity(name: str, recipe: RunRecipe, more: str = "") -> str:

@@ -28,7 +28,7 @@ NOTHING = "-"
 Seeds = dict[int, Result]  # the results of a row
 
 
-def write_report(runner: Runner, folder: Path, *, smoke: bool) -> Path:
+def write_report(runner: Runner, folder: Path) -> Path:
     """Writes `results.csv`, figures and `README.md` from the runs that are done.
 
     Returns:
@@ -40,7 +40,7 @@ def write_report(runner: Runner, folder: Path, *, smoke: bool) -> Path:
         name: {row: _of_row(runner, results, name, row) for row in table.rows}
         for name, table in runner.experiment.tables.items()
     }
-    parts = [_head(runner, len(results), smoke)]
+    parts = [_head(runner, len(results))]
     for name, table in runner.experiment.tables.items():
         rows = {row: seeds for row, seeds in tables[name].items() if seeds}
         if not rows:
@@ -64,11 +64,11 @@ def _of_row(runner: Runner, results: dict[str, Result], table: str, row: str) ->
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _head(runner: Runner, done: int, smoke: bool) -> str:
+def _head(runner: Runner, done: int) -> str:
     experiment, split = runner.experiment, runner.split
     wanted = sum(isinstance(run, FineTuningRun) for run in runner.runs)
     lines = [f"# {experiment.name}", f"{experiment.summary}. Written by `medmim-train reproduce`; do not edit."]
-    if smoke:
+    if runner.smoke:
         lines.append("**A trial with tiny networks and a few steps: its figures mean nothing.**")
     if done < wanted:
         lines.append(f"**Incomplete: {done} of {wanted} fine-tuning runs are done.**")
@@ -95,7 +95,7 @@ def _section(table: Table, rows: dict[str, Seeds], figures: Sequence[str]) -> st
     missing = [name for name in table.rows if len(rows.get(name, ())) < table.seeds]
     parts = [f"## {table.title}", f"The paper: {table.paper}", "\n".join(lines)]
     if missing:
-        parts.append(f"Incomplete: {', '.join(missing)}.")
+        parts.append(f"Incomplete: {'; '.join(missing)}.")
     parts.append(_findings(table, rows))
     parts.append("\n".join(f"![{table.title}]({figure})" for figure in figures))
     return "\n\n".join(part for part in parts if part)
@@ -114,7 +114,7 @@ def _cells(table: Table, rows: dict[str, Seeds], name: str) -> list[str]:
     cells.append(f"{_interval(found)} against {table.rows[name].against}" if found else NOTHING)
     if "speed" in table.shows:
         faster = speed(_curves(seeds), _curves(against)) if against else None
-        cells.append(f"{faster.ratio:.2f} times ({faster.reached} of {faster.number} reach it)" if faster else NOTHING)
+        cells.append(f"{faster.ratio:.2f} times; {faster.reached} of {faster.number} reach it" if faster else NOTHING)
     if "cost" in table.shows:
         first = results[0]
         cost = first.pretraining_cpu_seconds
@@ -126,18 +126,18 @@ def _cells(table: Table, rows: dict[str, Seeds], name: str) -> list[str]:
 
 def _findings(table: Table, rows: dict[str, Seeds]) -> str:
     """What the intervals say, in words."""
-    words: dict[str, list[str]] = {"higher": [], "lower": [], "not told apart": []}
+    words: dict[str, list[str]] = {"Higher": [], "Lower": [], "Not told apart": []}
     for name, seeds in rows.items():
         against = table.rows[name].against
         found = _difference(seeds, rows.get(against or ""))
         if found and found.number > 1:
-            word = "not told apart" if not found.is_told else "higher" if found.mean > 0 else "lower"
+            word = "Not told apart" if not found.is_told else "Higher" if found.mean > 0 else "Lower"
             words[word].append(f"{name} ({against})")
-    named = {word: f"{word}: {', '.join(names)}" for word, names in words.items() if names}
+    named = {word: f"{word}: {'; '.join(names)}" for word, names in words.items() if names}
     if not named:
         return ""
-    told = "" if words["higher"] or words["lower"] else " No difference of this table can be told from chance."
-    return f"Test Dice beside the row in brackets, {'; '.join(named.values())}.{told}"
+    told = "" if words["Higher"] or words["Lower"] else " No difference of this table can be told from chance."
+    return f"Test Dice beside the row in brackets. {'. '.join(named.values())}.{told}"
 
 
 def _difference(ours: Seeds, theirs: Seeds | None) -> Difference | None:

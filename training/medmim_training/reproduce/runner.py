@@ -38,15 +38,16 @@ from medmim_training.reproduce.experiment import (
     Overrides,
     PretrainingRun,
     Run,
+    needed_for,
     plan_runs,
 )
 from medmim_training.store.index import Store
 from medmim_training.store.prepare import prepare
 from medmim_training.store.sources import Source
 from medmim_training.tasks.cases import Split, find_cases, split_cases
-from medmim_training.tasks.evaluation import as_data, evaluate_run
+from medmim_training.tasks.evaluation import evaluate_run, write_evaluation
 from medmim_training.tasks.recipe import FineTuneRecipe
-from medmim_training.tasks.segmentation import finetune, write_scores
+from medmim_training.tasks.segmentation import finetune
 
 MANIFEST, STORES = "manifest.json", "stores"
 SIDES = ("validation", "test")
@@ -70,13 +71,13 @@ class Progress:
 
 
 class Runner:
-    """The runs of an experiment in a folder.
+    """The runs of an experiment in a folder: `runs` are all, `wanted` those that `run` does.
 
     Args:
         experiment: The grid.
         data: A folder in the layout of the Medical Segmentation Decathlon, with `subjects.csv`.
         folder: Where runs, stores and the manifest go.
-        only: Names of tables; empty for all.
+        only: Tables whose runs are wanted; empty for all.
         smoke: The tiny form.
 
     Raises:
@@ -84,11 +85,22 @@ class Runner:
     """
 
     def __init__(
-        self, experiment: Experiment, data: str | Path, folder: str | Path, *, only: Sequence[str] = (), smoke: bool
+        self,
+        experiment: Experiment,
+        data: str | Path,
+        folder: str | Path,
+        *,
+        only: Sequence[str] = (),
+        smoke: bool = False,
     ) -> None:
+        for name in only:
+            if name not in experiment.tables:
+                raise SpecError(f"{experiment.name} has no table {name!r}; it has {', '.join(experiment.tables)}")
         # Paths are part of the recipes of runs, which must be the same in each session.
-        self.experiment, self.data, self.folder = experiment, Path(data).resolve(), Path(folder).resolve()
-        self.runs = plan_runs(experiment, only=only, smoke=smoke)
+        self.data, self.folder = Path(data).resolve(), Path(folder).resolve()
+        self.experiment, self.smoke = experiment.tiny() if smoke else experiment, smoke
+        self.runs = plan_runs(self.experiment, smoke=smoke)
+        self.wanted = needed_for(self.runs, only)
         self.problems: dict[str, str] = {}
         recipe = next(run.recipe for run in self.runs if isinstance(run, FineTuningRun))
         self.split = _split(self.data, recipe)
@@ -102,26 +114,27 @@ class Runner:
             CheckpointError: When the disk is full.
         """
         self.problems.clear()
-        for number, run in enumerate(self.runs, start=1):
+        total = len(self.wanted)
+        for number, run in enumerate(self.wanted, start=1):
             if self.is_done(run):
                 continue
             self.write_manifest(running=run)
             with stop_requests() as stop:
                 try:
-                    self._one(run, lambda step: watch(Progress(run, number, len(self.runs), step)))  # noqa: B023
+                    self._one(run, lambda step: watch(Progress(run, number, total, step)))  # noqa: B023
                 except (Preempted, CheckpointError):
                     self.write_manifest()
                     raise
                 except Exception as error:  # whatever it is, the runs after this one are worth having
                     self.problems[run.id] = _sentence(error)
                 self.write_manifest()
-                watch(Progress(run, number, len(self.runs), problem=self.problems.get(run.id)))
+                watch(Progress(run, number, total, problem=self.problems.get(run.id)))
             if stop.is_set():
-                raise Preempted(f"{self.folder}: stopped after run {number} of {len(self.runs)}; the same command goes on")
+                raise Preempted(f"{self.folder}: stopped after run {number} of {total}; the same command goes on")
         if self.problems:
             first, problem = next(iter(self.problems.items()))
             raise IncompleteError(
-                f"{len(self.problems)} of {len(self.runs)} runs failed, such as {first} ({problem}); "
+                f"{len(self.problems)} of {total} runs failed, such as {first} ({problem}); "
                 "the same command tries them again"
             )
 
@@ -196,11 +209,7 @@ class Runner:
         recipe = load_recipe(run.base, self.overrides(run), kind=FineTuneRecipe)
         finetune(recipe, folder, watch=watch)
         for side in SIDES:
-            scores = evaluate_run(folder, side)
-            with atomic_write(folder / f"{side}.csv") as path:
-                write_scores(path, scores)
-            with atomic_write(evaluation_file(folder, side)) as path:
-                path.write_text(json.dumps(as_data(scores, side), indent=1) + "\n", encoding="utf-8")
+            write_evaluation(folder, evaluate_run(folder, side), side)
         shutil.rmtree(folder / CHECKPOINTS)  # several times the model, which stays
 
     def _store_folder(self, recipe: Recipe) -> Path:

@@ -13,18 +13,18 @@ from scipy.ndimage import gaussian_filter
 from medmim.files import atomic_write
 from medmim_training.tasks.cases import DATASET, IMAGES, LABELS, SPLITS
 
+CLASSES = ("background", "ball", "box")
 FOLDS = 2
 SHAPE = (24, 30, 26)  # voxels of 1 mm
 
 
-def write_shapes(folder: str | Path, *, cases: int, tests: int, classes: tuple[str, str, str], seed: int = 0) -> None:
+def write_shapes(folder: str | Path, *, cases: int, tests: int, seed: int = 0) -> None:
     """Writes a folder in the layout of the Medical Segmentation Decathlon, with a split; what is there is replaced.
 
     Args:
         folder: Where to.
         cases: How many volumes.
         tests: How many of them, the last ones, are kept for the test; the others are dealt to two folds.
-        classes: Names of the background, the ball and the box.
         seed: Decides all volumes.
     """
     folder, rows = Path(folder), []
@@ -41,7 +41,7 @@ def write_shapes(folder: str | Path, *, cases: int, tests: int, classes: tuple[s
         writer.writerow(("case", "subject_group", "fold", "split"))
         writer.writerows(rows)
     with atomic_write(folder / DATASET) as path:
-        path.write_text(json.dumps({"labels": dict(enumerate(classes))}) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({"labels": dict(enumerate(CLASSES))}) + "\n", encoding="utf-8")
 
 
 def draw_shapes(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ so that runs at different spacings are compared by the same voxels: those that w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from medmim.errors import ScanError, SpecError
 from medmim.factory import from_pretrained
+from medmim.files import atomic_write
 from medmim.heads.segmenter import Segmenter
 from medmim.segmentation import segment, segmented_classes
 from medmim.spec import Modality
@@ -26,7 +28,7 @@ from medmim_training.tasks.cases import Case, find_cases, split_cases
 from medmim_training.tasks.metrics import Score, bootstrap_interval, mean_of_cases, score_case
 from medmim_training.tasks.peers import register_peers
 from medmim_training.tasks.recipe import FineTuneRecipe
-from medmim_training.tasks.segmentation import MODEL
+from medmim_training.tasks.segmentation import MODEL, write_scores
 
 Side = Literal["validation", "test"]
 
@@ -115,7 +117,9 @@ def evaluate_segmenter(
 
 def means_of(scores: Sequence[Score]) -> dict[str, dict[str, Mean]]:
     """Means over cases of each class, and under "mean" those of the cases' means over classes: by class and metric."""
-    by_class = {label: [score for score in scores if score.label == label] for score in scores for label in [score.label]}
+    by_class = {
+        label: [score for score in scores if score.label == label] for score in scores for label in [score.label]
+    }
     by_class["mean"] = list(scores)
     return {
         label: {metric: Mean.of(mean_of_cases(chosen, metric)) for metric in ("dice", "hd95")}
@@ -123,8 +127,17 @@ def means_of(scores: Sequence[Score]) -> dict[str, dict[str, Mean]]:
     }
 
 
-def as_data(scores: Sequence[Score], side: Side) -> dict[str, Any]:
-    """The means as JSON-ready data, with their protocol."""
+def write_evaluation(folder: Path, scores: Sequence[Score], side: Side) -> tuple[Path, Path]:
+    """Writes `SIDE.csv`, a row a case and class, and `SIDE.json`, the means and their protocol; gives both paths."""
+    table, means = folder / f"{side}.csv", folder / f"{side}.json"
+    with atomic_write(table) as path:
+        write_scores(path, scores)
+    with atomic_write(means) as path:
+        path.write_text(json.dumps(_as_data(scores, side), indent=1) + "\n", encoding="utf-8")
+    return table, means
+
+
+def _as_data(scores: Sequence[Score], side: Side) -> dict[str, Any]:
     return {
         "side": side,
         "cases": len({score.case for score in scores}),
