@@ -94,11 +94,8 @@ def test_another_setting_is_another_run(experiment, runs):
     changed = {**section.variants, "mae": (*section.variants["mae"], "optimizer.lr=1e-3")}
     other = plan_runs(experiment.model_copy(update={"pretraining": section.model_copy(update={"variants": changed})}))
     moved = {run.id for run in runs} - {run.id for run in other}
-    expected = {
-        run.id for run in runs if "mae-" in run.id and (getattr(run, "start", None) or run).id.startswith("mae-")
-    }
-    first = next(run for run in runs if run.id.startswith("mae-") and isinstance(run, PretrainingRun))
-    assert moved == {run.id for run in runs if run is first or getattr(run, "start", None) is first} <= expected
+    (mae,) = {run.start for run in runs if isinstance(run, FineTuningRun) and ("methods", "MAE") in run.rows}
+    assert moved == {mae.id} | {run.id for run in runs if getattr(run, "start", None) is mae}
 
 
 def test_only_some_tables(runs):
@@ -111,22 +108,17 @@ def test_only_some_tables(runs):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("row", "message"),
     [
-        ({"tabels": {}}, "tabels is no key of a recipe; did you mean 'tables'"),
-        (
-            {"tables": {"a": {"title": "t", "paper": "p", "seeds": 1, "rows": {"x": {"strat": "s"}}}}},
-            "did you mean 'start'",
-        ),
-        (
-            {"tables": {"a": {"title": "t", "paper": "p", "seeds": 1, "rows": {"x": {"start": "s", "against": "y"}}}}},
-            "'x' is compared with 'y', which is no other row",
-        ),
+        ({"start": "s", "agains": "x"}, r"tables\.a\.rows\.x\.agains is no key of a recipe; did you mean 'against'"),
+        ({"start": "s", "against": "y"}, "'x' is compared with 'y', which is no other row of its table"),
+        ({}, r"tables\.a\.rows\.x\.start: Field required"),
     ],
 )
-def test_mistakes_are_named(change, message, experiment, tmp_path):
+def test_mistakes_are_named(row, message, experiment, tmp_path):
     path = tmp_path / "e.yaml"
-    path.write_text(json.dumps({**experiment.model_dump(mode="json"), **change}))
+    table = {"title": "t", "paper": "p", "seeds": 1, "rows": {"x": row}}
+    path.write_text(json.dumps({**experiment.model_dump(mode="json"), "tables": {"a": table}}))
     with pytest.raises(SpecError, match=message):
         load_experiment(str(path))
     with pytest.raises(SpecError, match="there is no experiment 'paper-smal'; nearest: paper-small"):

@@ -41,6 +41,7 @@ def fetch_data(name: str, folder: str | Path, *, download: Callable[..., None] |
     if name not in TASKS:
         raise SpecError(f"there is no data set {name!r}; there are {', '.join(TASKS)}")
     folder, task = Path(folder), TASKS[name]
+    url = DecathlonDataset.resource[task]
     if (folder / IMAGES).exists():
         raise SpecError(f"{folder}: has {IMAGES} already; choose another folder, or use what is there")
     text = read_text(experiment_folder() / f"{name}.csv", LIST_BYTES)
@@ -49,21 +50,19 @@ def fetch_data(name: str, folder: str | Path, *, download: Callable[..., None] |
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
         try:
             (download or download_and_extract)(
-                DecathlonDataset.resource[task],
+                url,
                 Path(temporary) / f"{task}.tar",
                 temporary,
                 hash_val=DecathlonDataset.md5[task],
                 hash_type="md5",
             )
         except (OSError, RuntimeError) as error:  # of the network; MONAI raises its own for a wrong checksum
-            raise FetchError(f"{DecathlonDataset.resource[task]}: not fetched ({error}); try again later") from error
+            raise FetchError(f"{url}: not fetched ({error}); try again later") from error
         source = Path(temporary) / task
         found = {path.name for path in (source / IMAGES).glob("*.nii.gz") if not path.name.startswith(".")}
         wanted = [f"{case}.nii.gz" for case in listed]
         if missing := sorted(set(wanted) - found):
-            raise FetchError(
-                f"{DecathlonDataset.resource[task]}: lacks {len(missing)} listed cases, such as {missing[0]}"
-            )
+            raise FetchError(f"{url}: lacks {len(missing)} listed cases, such as {missing[0]}")
         with atomic_write(folder / SPLITS) as path:
             path.write_text(text, encoding="utf-8")
         shutil.move(source / DATASET, folder / DATASET)

@@ -119,7 +119,7 @@ class Experiment(Section):
         return self.model_copy(update={"tables": tables})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PretrainingRun:
     """A variant of pretraining: its recipe, and how to write it on a command line."""
 
@@ -129,7 +129,7 @@ class PretrainingRun:
     overrides: Overrides
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FineTuningRun:
     """One seed of one row, or of several of the same settings.
 

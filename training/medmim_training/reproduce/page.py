@@ -1,4 +1,7 @@
-"""The page of an experiment: its tables with the paper's words beside them, and figures. The same results, same page."""
+"""The page of an experiment: its tables with the paper's words beside them, and figures.
+
+The same results make the same page.
+"""
 
 from __future__ import annotations
 
@@ -77,9 +80,9 @@ def _head(runner: Runner, done: int) -> str:
         "test, no subject on two sides. Pretraining saw the images of the training cases alone: neither test nor "
         "validation cases, not even without their labels. The best step of each fine-tuning run was chosen by "
         "validation; test cases chose nothing.",
-        "Dice and HD95 (mm) are means over cases of the mean over classes, measured in the scans' own voxels, then means "
-        "over seeds, with the standard deviation over seeds after ±. A seed decides the decoder's first weights, the "
-        "crops, and which cases are labelled; pretraining was run once a variant, so its own chance is not in the "
+        "Dice and HD95 (mm) are means over cases of the mean over classes, measured in the scans' own voxels, then "
+        "means over seeds, with the standard deviation over seeds after ±. A seed decides the decoder's first weights, "
+        "the crops, and which cases are labelled; pretraining was run once a variant, so its own chance is not in the "
         "intervals. Differences are paired by seed, with 95 % intervals by Student's t. There are many comparisons and "
         "none is corrected for: of twenty without a real difference, about one will look like one.",
     ]

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,11 +277,8 @@ def seconds_a_step(recipe: FineTuneRecipe) -> float:
         "schedule": recipe.schedule.model_copy(update={"steps": steps, "warmup": 0}),
         "output": recipe.output.model_copy(update={"log_every": 1, "checkpoint_every": steps}),
     }
-    with tempfile.TemporaryDirectory(prefix="medmim-trial-") as folder:
-        try:
-            finetune(recipe.model_copy(update=changes), folder, watch=watch)
-        except _Enough:
-            pass
+    with tempfile.TemporaryDirectory(prefix="medmim-trial-") as folder, suppress(_Enough):
+        finetune(recipe.model_copy(update=changes), folder, watch=watch)
     return statistics.median(b - a for a, b in zip(times[UNTIMED_STEPS:], times[UNTIMED_STEPS + 1 :], strict=False))
 
 

@@ -117,9 +117,9 @@ def evaluate_segmenter(
 
 def means_of(scores: Sequence[Score]) -> dict[str, dict[str, Mean]]:
     """Means over cases of each class, and under "mean" those of the cases' means over classes: by class and metric."""
-    by_class = {
-        label: [score for score in scores if score.label == label] for score in scores for label in [score.label]
-    }
+    by_class: dict[str, list[Score]] = {}
+    for score in scores:
+        by_class.setdefault(score.label, []).append(score)
     by_class["mean"] = list(scores)
     return {
         label: {metric: Mean.of(mean_of_cases(chosen, metric)) for metric in ("dice", "hd95")}
@@ -141,7 +141,7 @@ def _as_data(scores: Sequence[Score], side: Side) -> dict[str, Any]:
     return {
         "side": side,
         "cases": len({score.case for score in scores}),
-        "protocol": "the scan's own voxels; mean over cases of the mean over classes; 95 % interval from resampled cases",
+        "protocol": "the scan's own voxels; mean over cases of that over classes; 95 % interval from resampled cases",
         "results": {
             label: {metric: [_short(m.value), _short(m.low), _short(m.high)] for metric, m in metrics.items()}
             for label, metrics in means_of(scores).items()

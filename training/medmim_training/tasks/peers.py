@@ -1,4 +1,4 @@
-"""Networks of MONAI, to be trained by the same loop as ours and compared: everything but their last layer is an encoder.
+"""Networks of MONAI, to be trained by the same loop as ours: everything but their last layer is an encoder.
 
 A U-Net without its last layer gives a feature map at full resolution; the decoders `light` and `linear` put a
 convolution of 1 behind such a map, which is that layer. They are registered when asked for, and no part of the catalog.
