@@ -256,7 +256,7 @@ def cpu_seconds(folder: Path) -> float:
     """What a run took so far, over all its sessions."""
     path = folder / METRICS_FILE
     lines = [line for line in read_text(path, LIST_BYTES).splitlines() if line.endswith("}")] if path.is_file() else []
-    return round(json.loads(lines[-1])["cpu_seconds"], 1) if lines else 0.0
+    return round(json.loads(lines[-1])["cpu_seconds"], 3) if lines else 0.0
 
 
 class _Enough(Exception):
