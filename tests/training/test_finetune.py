@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.losses import DiceCELoss
 from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 from test_engine import Interrupted, stop_at
 
@@ -28,6 +29,7 @@ from medmim_training.recipe import list_recipes, load_recipe
 from medmim_training.tasks import classification, segmentation
 from medmim_training.tasks.cases import LoadedCase, choose, find_cases, find_classes, load_case, pad_around, split_cases
 from medmim_training.tasks.crops import LabelledCrops
+from medmim_training.tasks.evaluation import cases_of, evaluate_run
 from medmim_training.tasks.loop import Run
 from medmim_training.tasks.metrics import bootstrap_interval, mean_of_cases, score_case
 from medmim_training.tasks.recipe import CropSection, FineTuneRecipe, SegmentationRecipe
@@ -354,19 +356,36 @@ def test_the_interval_covers_the_mean_and_narrows():
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def test_it_learns(data, tmp_path):
+def test_it_learns_more_than_how_frequent_the_classes_are(data, tmp_path):
+    """A network that looks at nothing can predict how frequent the classes are, or one class everywhere."""
     recipe = make_recipe(
         data,
         decoder={"name": "unetr", "args": {"feature_size": 8}},
         crops=PLAIN.model_dump(),
-        schedule={"steps": 40, "warmup": 2},
-        output={"log_every": 1, "checkpoint_every": 40},
+        schedule={"steps": 20, "warmup": 2},
+        output={"log_every": 1, "checkpoint_every": 20},
         head_warmup=0,
     )
+    transform = VolumeTransform(recipe.volume, (1, 1, 1), fit="pad")
+    split = split_cases(find_cases(data), 0, source="x")
+    training, validation = (
+        [load_case(case, transform, num_classes=3) for case in cases] for cases in (split.training, split.validation)
+    )
+    crops = LabelledCrops(training, (16, 24, 24), length=40, seed=0, settings=PLAIN)
+    labels = torch.stack([crops[i]["labels"] for i in range(len(crops))])  # (N, 1, D, H, W)
+    frequencies = torch.stack([(labels == label).float().mean() for label in range(3)])
+    blind = frequencies.log().view(1, 3, 1, 1, 1).expand(len(labels), -1, *labels.shape[2:])
+    loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+
+    def dice_of_one_class(label):
+        found = [2 * float((case.labels == label).sum() / (case.labels.numel() + (case.labels == label).sum()))
+                 for case in validation]  # fmt: skip
+        return np.mean(found) / 2  # mean over the two classes, of which the other one has none
+
     finetune(recipe, tmp_path)
-    curve = [line["loss"] for line in lines(tmp_path / "metrics.jsonl")]
-    assert sum(curve[-5:]) < 0.3 * sum(curve[:5])
-    assert lines(tmp_path / "validation.jsonl")[-1]["dice"] > 0.6
+    losses = [line["loss"] for line in lines(tmp_path / "metrics.jsonl")]
+    assert np.mean(losses[-5:]) < 0.75 * float(loss(blind, labels))
+    assert lines(tmp_path / "validation.jsonl")[-1]["dice"] > 2 * max(dice_of_one_class(label) for label in (1, 2))
 
 
 def test_what_a_run_leaves(finished, data):
@@ -498,3 +517,35 @@ def test_the_command(data, tmp_path, monkeypatch, capfd):
     assert "Dice" in out
     assert f"local-dir:{tmp_path / 'run' / 'model'}" in out
     assert len(json.loads((tmp_path / "run" / "split.json").read_text())["training"]) == 2
+
+
+# --- the last evaluation ----------------------------------------------------------------------------------------------
+
+
+def test_test_cases_are_scored_in_their_own_voxels(finished, data, tmp_path, monkeypatch, capfd):
+    model, folder = finished
+    monkeypatch.setattr(sys, "argv", ["medmim-train", "test", str(folder), "-o", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert "1 test cases" in capfd.readouterr().out
+    with open(tmp_path / "test.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    (case,) = (case for case in find_cases(data) if case.is_test)
+    assert [(row["case"], row["label"]) for row in rows] == [(case.name, name) for name in CLASSES[1:]]
+    ours, theirs = segment(model, case.image).labels, np.asarray(nib.load(case.label).dataobj)
+    for label, row in enumerate(rows, start=1):
+        dice = 2 * ((ours == label) & (theirs == label)).sum() / ((ours == label).sum() + (theirs == label).sum())
+        assert float(row["dice"]) == pytest.approx(dice, abs=1e-5)
+    means = json.loads((tmp_path / "test.json").read_text())
+    assert means["cases"] == 1
+    assert means["results"]["mean"]["dice"][0] == pytest.approx(np.mean([float(row["dice"]) for row in rows]), abs=1e-5)
+
+
+def test_what_cannot_be_tested_is_said(recipe, data, tmp_path):
+    with pytest.raises(SpecError, match="no finished run"):
+        evaluate_run(tmp_path)
+    rows = {f"case_{i}": (f"s{i}", i % 2, "train") for i in range(8)}
+    write_splits(tmp_path / "splits.csv", rows)
+    with pytest.raises(SpecError, match=r"splits\.csv: no case is for test"):
+        cases_of(recipe.model_copy(update={"splits": str(tmp_path / "splits.csv")}), "test")

@@ -19,6 +19,7 @@ from medmim.errors import ScanError, SpecError, printable
 if TYPE_CHECKING:
     from medmim.spec import ModelSpec
     from medmim_training.recipe import Recipe
+    from medmim_training.reproduce.runner import Runner
 
 
 class ProbeSplit(StrEnum):
@@ -294,6 +295,130 @@ def evaluate(
             path.write_text(json.dumps([result.to_data() for result in results], indent=1) + "\n", encoding="utf-8")
 
 
+@app.command("test")
+def evaluate_segmenter(
+    run: Annotated[Path, typer.Argument(help="Folder that `medmim-train finetune` wrote.")],
+    validation: Annotated[bool, typer.Option("--validation", help="On the validation cases instead.")] = False,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the results; default the run's.")] = None,
+) -> None:
+    """Measures the best model of a fine-tuning run on its test cases, in the scans' own voxels.
+
+    Writes Dice and HD95 of each class and case to test.csv, and their means to test.json.
+
+    Example: `medmim-train test runs/hippocampus`
+    """
+    import math
+
+    from medmim_training.tasks.evaluation import evaluate_run, means_of, write_evaluation
+
+    side = "validation" if validation else "test"
+    with _progress() as progress:
+        scores = evaluate_run(run, side, report=_reporting(progress, f"{side} cases", None))
+    means = means_of(scores)
+    table = Table("class", "Dice", "95 %", "HD95, mm", "95 %", title=f"{len({s.case for s in scores})} {side} cases")
+    for label, metrics in means.items():
+        cells = []
+        for metric, digits in (("dice", 4), ("hd95", 2)):
+            mean = metrics[metric]
+            values = mean.value, mean.low, mean.high
+            value, low, high = ("-" if math.isnan(each) else f"{each:.{digits}f}" for each in values)
+            cells += [value, f"{low} to {high}"]
+        table.add_row(label, *cells)
+    console.print(table)
+    for path in write_evaluation(out or run, scores, side):
+        console.print(str(path))
+
+
+@app.command()
+def reproduce(
+    experiment: Annotated[str, typer.Argument(help="Name of an experiment (paper-small), or YAML file.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the runs; runs in it are kept.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder as the Decathlon has it, with subjects.csv; --smoke makes its own.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A table whose runs to do; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the runs and what they will take.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Only write the page, from the runs that are done.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="All in a tiny form, on shapes made by formula.")] = False,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="For --dry-run: TFLOP/s of the hardware; default as measured here.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")] = None,
+) -> None:
+    """Runs all of an experiment, and writes a page about it; the same command goes on where it was stopped.
+
+    Example: `medmim-train reproduce paper-small --data Task04_Hippocampus -o runs/paper-small`
+    """
+    import torch
+
+    from medmim_training.reproduce.experiment import load_experiment
+    from medmim_training.reproduce.page import write_report
+    from medmim_training.reproduce.runner import Progress as RunProgress
+    from medmim_training.reproduce.runner import Runner
+    from medmim_training.reproduce.shapes import write_shapes
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = load_experiment(experiment)
+    if smoke and data is None:
+        data = out / "shapes"
+        write_shapes(data, cases=5, tests=1)
+    if data is None:
+        raise typer.BadParameter("an experiment needs --data FOLDER; `medmim-train fetch-data` makes one")
+    runner = Runner(chosen, data, out, only=only or [], smoke=smoke)
+    if dry_run:
+        _print_runs(runner, tflops)
+        return
+
+    with _progress() as progress:
+        task = progress.add_task(chosen.name, total=len(runner.wanted))
+
+        def watch(told: RunProgress) -> None:
+            if told.step is None:
+                state = "done" if told.problem is None else f"failed: {told.problem}"
+                progress.console.print(f"{told.number}/{told.total}  {told.run.id}  {state}", soft_wrap=True)
+            progress.update(task, completed=told.number - (told.step is not None), description=told.run.id)
+
+        try:
+            if not report:
+                runner.run(watch)
+        finally:
+            page = write_report(runner, out / "report")
+            progress.console.print(f"page: {page}", soft_wrap=True)
+
+
+def _print_runs(runner: Runner, tflops: float | None) -> None:
+    from medmim_training.plan import matrix_product_rate
+    from medmim_training.reproduce.estimate import flops
+
+    rate = tflops * 1e12 if tflops else matrix_product_rate("fp32")
+    table = Table("run", "for", "minutes", "done", title=f"{len(runner.wanted)} runs")
+    left = 0.0
+    for wanted in runner.wanted:
+        minutes, done = flops(wanted, runner.split) / rate / 60, runner.is_done(wanted)
+        left += 0 if done else minutes
+        rows = "; ".join(f"{name}: {row}" for name, row in getattr(wanted, "rows", ()))
+        table.add_row(wanted.id, rows, f"{minutes:.1f}", "yes" if done else "")
+    console.print(table)
+    where = "given" if tflops else "of matrix products here"
+    console.print(f"left, at the least: {left / 60:.1f} hours at {rate / 1e12:.3f} TFLOP/s ({where})")
+
+
+@app.command("fetch-data")
+def fetch_data(
+    name: Annotated[str, typer.Argument(help="hippocampus")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+) -> None:
+    """Fetches a data set of the Medical Segmentation Decathlon, with the split that experiments are reported on.
+
+    Example: `medmim-train fetch-data hippocampus -o Task04_Hippocampus`
+    """
+    from medmim_training.fetch import fetch_data as fetch
+
+    cases, left_out = fetch(name, out)
+    console.print(f"{out}: {cases} cases; {left_out} that the split does not list were left out")
+
+
 RunArgument = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 DataOption = Annotated[Path, typer.Option(help="Store that the run was trained on.")]
 TagOption = Annotated[str, typer.Option(help="Names the training data: [a-z0-9_]+.")]
@@ -401,7 +526,7 @@ def _progress() -> Progress:
     return Progress(*columns, console=console)
 
 
-def _reporting(progress: Progress, title: str, total: int) -> Callable[[str, str | None], None]:
+def _reporting(progress: Progress, title: str, total: int | None) -> Callable[[str, str | None], None]:
     """A bar, and what to call after each scan; scans with a problem are printed above the bar."""
     task = progress.add_task(title, total=total)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -196,7 +196,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = (), *, kind:
         known = list_recipes(kind)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise SpecError(f"there is no recipe {name!r}; nearest: {', '.join(near or known)}")
-    data = _parse_yaml(read_text(path, RECIPE_BYTES), source=str(path))
+    data = parse_yaml(read_text(path, RECIPE_BYTES), source=str(path))
     if not isinstance(data, dict):
         raise SpecError(f"{path}: a recipe is a mapping of keys to values")
     return make_settings(data, overrides, kind=kind.kind_of(data), source=str(path))
@@ -218,7 +218,7 @@ def make_settings(
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise SpecError(f"{source}: {_explain(error, kind)}") from None
+        raise SpecError(f"{source}: {explain(error, kind)}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -230,7 +230,12 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _parse_yaml(text: str, *, source: str) -> Any:
+def parse_yaml(text: str, *, source: str) -> Any:
+    """Plain data from YAML; `source` names where it is from in the error.
+
+    Raises:
+        SpecError: For text that is no YAML, or has aliases.
+    """
     try:
         return yaml.load(text, _Loader)
     # Of a date that does not exist or a number of too many digits, PyYAML lets the constructor's ValueError through.
@@ -242,7 +247,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
         raise SpecError(f"{override!r} is no override; write key=value, such as optimizer.lr=3e-4")
-    value = _parse_yaml(text, source=repr(override))
+    value = parse_yaml(text, source=repr(override))
     *sections, last = key.split(".")
     for section in sections:
         data = data.setdefault(section, {})
@@ -252,14 +257,16 @@ def _override(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
-def _explain(error: ValidationError, kind: type[Section]) -> str:
+def explain(error: ValidationError, kind: type[Section]) -> str:
+    """The first thing that is wrong, with the nearest known key where one is unknown."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg']}"
     section: Any = kind
     for part in first["loc"][:-1]:
-        section = section.model_fields[part].annotation
+        # Below a mapping are names of the file's own.
+        section = get_args(section)[-1] if get_origin(section) is dict else section.model_fields[part].annotation
     known = list(section.model_fields)
     near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
     return f"{where} is no key of a recipe; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")

@@ -21,6 +21,7 @@ from medmim_training.tasks import loop
 from medmim_training.tasks.cases import LoadedCase, find_cases, find_classes, load_case, pad_around
 from medmim_training.tasks.crops import LabelledCrops
 from medmim_training.tasks.metrics import Score, bootstrap_interval, mean_of_cases, score_case
+from medmim_training.tasks.peers import PEERS, register_peers
 from medmim_training.tasks.recipe import SegmentationRecipe
 
 
@@ -79,6 +80,8 @@ def finetune(
 
 def build_segmenter(recipe: SegmentationRecipe) -> Segmenter:
     """The recipe's network; the same weights for the same seed."""
+    if recipe.model.name in PEERS:
+        register_peers()
     torch.manual_seed(recipe.seed)
     return create_segmenter(
         recipe.model.name,

@@ -1,0 +1,377 @@
+"""Experiments: the packaged one asks for what it says, its runs go past faults, and its page says what was found."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from scipy import stats
+
+import medmim
+from medmim.errors import SpecError
+from medmim_training import cli
+from medmim_training.fetch import FetchError, fetch_data
+from medmim_training.preemption import Preempted
+from medmim_training.reproduce import page, runner
+from medmim_training.reproduce.experiment import (
+    Experiment,
+    FineTuningRun,
+    PretrainingRun,
+    experiment_folder,
+    load_experiment,
+    needed_for,
+    plan_runs,
+)
+from medmim_training.reproduce.results import paired_difference, speed, steps_to
+from medmim_training.reproduce.runner import IncompleteError, Runner
+from medmim_training.reproduce.shapes import write_shapes
+from medmim_training.store.index import Store
+from medmim_training.tasks import segmentation
+from medmim_training.tasks.cases import find_cases, split_cases
+from medmim_training.tasks.metrics import Score
+from medmim_training.tasks.peers import PEERS, register_peers
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Experiment:
+    return load_experiment("paper-small")
+
+
+@pytest.fixture(scope="module")
+def runs(experiment):
+    return plan_runs(experiment)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shapes(folder, cases=5, tests=1)
+    return folder
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_has_its_seeds_and_shared_runs_are_run_once(experiment, runs):
+    tuned = [run for run in runs if isinstance(run, FineTuningRun)]
+    for name, table in experiment.tables.items():
+        for row in table.rows:
+            assert [run.seed for run in tuned if (name, row) in run.rows] == list(range(table.seeds))
+    recipes = [run.recipe.to_yaml() for run in tuned if run.same_time_as is None]
+    assert len(set(recipes)) == len(recipes)
+    (shared,) = (run for run in tuned if ("methods", "MAE") in run.rows and run.seed == 0)
+    assert {table for table, _ in shared.rows} == {"methods", "ratio", "decoder", "labels", "spacing"}
+
+
+def test_what_a_run_starts_from_comes_before_it_and_has_its_grid(runs):
+    before = set()
+    for run in runs:
+        before.add(run.id)
+        start = getattr(run, "start", None)
+        if start is not None:
+            assert start.id in before
+            for key in ("img_size", "patch_size"):
+                assert run.recipe.model.args[key] == start.recipe.model.args[key]
+            assert run.recipe.volume.spacing == start.recipe.volume.spacing
+    assert {run.recipe.model.name for run in runs if run.recipe.model.name in PEERS} == set(PEERS)
+
+
+def test_methods_differ_in_the_method_alone(runs):
+    pretraining = {run.id.rsplit("-", 1)[0]: run.recipe for run in runs if isinstance(run, PretrainingRun)}
+    same = [pretraining[name].model_dump(exclude={"method", "model"}) for name in ("mae", "simmim", "simclr")]
+    assert same[0] == same[1] == same[2]
+    assert pretraining["simmim"].method.args["ratio"] == pretraining["mae"].method.args["ratio"]
+
+
+def test_another_setting_is_another_run(experiment, runs):
+    section = experiment.pretraining
+    changed = {**section.variants, "mae": (*section.variants["mae"], "optimizer.lr=1e-3")}
+    other = plan_runs(experiment.model_copy(update={"pretraining": section.model_copy(update={"variants": changed})}))
+    moved = {run.id for run in runs} - {run.id for run in other}
+    (mae,) = {run.start for run in runs if isinstance(run, FineTuningRun) and ("methods", "MAE") in run.rows}
+    assert moved == {mae.id} | {run.id for run in runs if getattr(run, "start", None) is mae}
+
+
+def test_only_some_tables(runs):
+    chosen = needed_for(runs, ["spacing"])
+    assert {run.id for run in chosen if isinstance(run, PretrainingRun)} == {
+        run.start.id for run in chosen if isinstance(run, FineTuningRun) and run.start
+    }
+    assert all(any(table == "spacing" for table, _ in run.rows) for run in chosen if isinstance(run, FineTuningRun))
+    assert needed_for(runs, []) == runs
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"start": "s", "agains": "x"}, r"tables\.a\.rows\.x\.agains is no key of a recipe; did you mean 'against'"),
+        ({"start": "s", "against": "y"}, "'x' is compared with 'y', which is no other row of its table"),
+        ({}, r"tables\.a\.rows\.x\.start: Field required"),
+    ],
+)
+def test_mistakes_are_named(row, message, experiment, tmp_path):
+    path = tmp_path / "e.yaml"
+    table = {"title": "t", "paper": "p", "seeds": 1, "rows": {"x": row}}
+    path.write_text(json.dumps({**experiment.model_dump(mode="json"), "tables": {"a": table}}))
+    with pytest.raises(SpecError, match=message):
+        load_experiment(str(path))
+    with pytest.raises(SpecError, match="there is no experiment 'paper-smal'; nearest: paper-small"):
+        load_experiment("paper-smal")
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Runs that take no time and leave what a run leaves; gives the ids in the order in which they ran."""
+    ran = []
+
+    def pretrain(recipe, store, folder, watch):
+        ran.append(folder.name)
+        return torch.nn.Linear(1, 1)
+
+    def save(model, folder):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+
+    def finetune(recipe, folder, watch):
+        ran.append(folder.name)
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        (folder / "split.json").write_text('{"training": ["a"]}')
+        (folder / "validation.jsonl").write_text('{"step": 1, "dice": 0.1}\n{"step": 2, "dice": 0.4}\n')
+
+    torch.nn.Linear.encoder = None
+    monkeypatch.setattr(runner, "pretrain", pretrain)
+    monkeypatch.setattr(runner, "save_pretrained", save)
+    monkeypatch.setattr(runner, "finetune", finetune)
+    monkeypatch.setattr(runner, "seconds_a_step", lambda recipe: 1.0 if recipe.model.name in PEERS else 3.0)
+    monkeypatch.setattr(
+        runner, "evaluate_run", lambda folder, side: [Score("a", "one", 0.5, 2.0), Score("b", "one", 0.7, 1.0)]
+    )
+    yield ran
+    del torch.nn.Linear.encoder
+
+
+def status(folder) -> dict[str, str]:
+    return {entry["run"]: entry["status"] for entry in json.loads((folder / "manifest.json").read_text())}
+
+
+def test_what_fails_is_said_at_the_end_and_tried_again(pretend, experiment, shapes, tmp_path, monkeypatch):
+    grid = Runner(experiment, shapes, tmp_path, smoke=True, only=["decoder"])
+    works = runner.pretrain
+
+    def broken(recipe, store, folder, watch):
+        if folder.name.startswith("mae-depth8"):
+            raise RuntimeError("no\nluck")
+        return works(recipe, store, folder, watch)
+
+    monkeypatch.setattr(runner, "pretrain", broken)
+    with pytest.raises(IncompleteError, match=r"2 of 10 runs failed, such as mae-depth8-\w+ \(RuntimeError: no luck\)"):
+        grid.run()
+    found = status(tmp_path)
+    failed = [run for run, word in found.items() if word == "failed"]
+    assert len(failed) == 2
+    assert all(run.startswith("mae-depth8") for run in failed)
+    assert sum(word == "done" for word in found.values()) == len(pretend) == 8
+
+    monkeypatch.setattr(runner, "pretrain", works)
+    Runner(experiment, shapes, tmp_path, smoke=True, only=["decoder"]).run()
+    assert len(pretend) == len(set(pretend)) == 10
+    text = page.write_report(grid, tmp_path / "report").read_text()
+    assert f"Incomplete: {sum(isinstance(r, FineTuningRun) for r in grid.wanted)} of" in text
+    assert "## How deep the decoder of pretraining is" in text
+    assert "## How many labels" in text  # with what it shares with the other table
+
+
+def test_sigterm_between_steps_and_between_runs(pretend, experiment, shapes, tmp_path, monkeypatch):
+    grid = Runner(experiment, shapes, tmp_path, smoke=True, only=["ratio"])
+    works = runner.finetune
+
+    def told_to_stop(recipe, folder, watch):
+        works(recipe, folder, watch)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runner, "finetune", told_to_stop)
+    with pytest.raises(Preempted, match=r"stopped after run 2 of 16"):
+        grid.run()
+    assert list(status(tmp_path).values()).count("done") == 2
+
+    def preempted(recipe, folder, watch):
+        raise Preempted("saved")
+
+    monkeypatch.setattr(runner, "finetune", preempted)
+    with pytest.raises(Preempted, match="saved"):
+        grid.run()
+    assert "failed" not in status(tmp_path).values()
+
+
+def test_peers_get_the_time_of_the_other_and_keep_it(pretend, experiment, shapes, tmp_path, monkeypatch):
+    grid = Runner(experiment, shapes, tmp_path, only=["peers"])
+    grid.run()
+    runs = {run.recipe.model.name: run for run in grid.wanted if isinstance(run, FineTuningRun)}
+    for name in PEERS:
+        text = (grid.place(runs[name]) / "recipe.yaml").read_text()
+        assert "steps: 2400" in text  # three times 800
+        assert "checkpoint_every: 240" in text
+    monkeypatch.setattr(runner, "seconds_a_step", None)
+    assert "schedule.steps=2400" in grid.command(runs["monai_unet"])
+
+
+def test_data_without_a_test_is_refused(experiment, tmp_path):
+    write_shapes(tmp_path, cases=4, tests=0)
+    with pytest.raises(SpecError, match="no case is for the test"):
+        Runner(experiment, tmp_path, tmp_path / "out")
+    with pytest.raises(SpecError, match="no table 'speed'; it has methods, ratio"):
+        Runner(experiment, tmp_path, tmp_path / "out", only=["speed"])
+
+
+@pytest.mark.slow
+def test_all_of_it_in_a_tiny_form(tmp_path, monkeypatch, capfd, registry):
+    monkeypatch.setattr(segmentation, "segmentation_picture", lambda *arguments, **settings: None)  # half of the time
+    monkeypatch.setattr(runner, "TIMED_STEPS", 1)
+    monkeypatch.setattr(runner, "UNTIMED_STEPS", 1)
+
+    def call(*arguments) -> str:
+        monkeypatch.setattr(
+            sys, "argv", ["medmim-train", "reproduce", "paper-small", "-o", str(tmp_path), "--smoke", *arguments]
+        )
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+        return capfd.readouterr().out
+
+    call()
+    entries = json.loads((tmp_path / "manifest.json").read_text())
+    assert {entry["status"] for entry in entries} == {"done"}
+    experiment = load_experiment("paper-small").tiny()
+    with open(tmp_path / "report" / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(entry["kind"] == "finetuning" for entry in entries)
+    for row in rows:
+        assert 0 <= float(row["test_dice"]) <= 1
+        assert float(row["cpu_seconds"]) > 0
+    text = (tmp_path / "report" / "README.md").read_text()
+    assert "Incomplete" not in text
+    assert "figures mean nothing" in text
+    for name, table in experiment.tables.items():
+        assert table.title in text
+        assert (tmp_path / "report" / f"{name}.png").is_file()
+        for row in table.rows:
+            assert f"| {row} | {table.seeds} |" in text
+
+    # Neither test nor validation cases are in any store.
+    split = split_cases(find_cases(tmp_path / "shapes"), 0, source="x")
+    for store in (tmp_path / "stores").iterdir():
+        assert {entry.source for entry in Store(store).entries} == {case.image.name for case in split.training}
+
+    # Again: nothing is run, and the page is the same.
+    for name in ("pretrain", "finetune", "evaluate_run"):
+        monkeypatch.setattr(runner, name, None)
+    call()
+    assert (tmp_path / "report" / "README.md").read_text() == text
+    assert "16.0" not in call("--dry-run", "--only", "spacing", "--tflops", "1")
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_the_paired_interval_is_that_of_the_t_test():
+    ours, theirs = {0: 0.81, 1: 0.84, 2: 0.80, 3: 0.86, 7: 0.5}, {0: 0.80, 1: 0.80, 2: 0.79, 3: 0.83, 9: 0.1}
+    found = paired_difference(ours, theirs)
+    pairs = [[each[seed] for seed in range(4)] for each in (ours, theirs)]
+    interval = stats.ttest_rel(*pairs).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.is_told == (stats.ttest_rel(*pairs).pvalue < 0.05)
+    single = paired_difference({0: 0.5}, {0: 0.25})
+    assert (single.mean, single.is_told, math.isnan(single.low)) == (0.25, False, True)
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_steps_to_a_dice():
+    curve = ((10, 0.2), (20, 0.6), (30, 0.5), (40, 0.7))
+    assert steps_to(curve, 0.1) == 10
+    assert steps_to(curve, 0.4) == pytest.approx(15)
+    assert steps_to(curve, 0.65) == pytest.approx(37.5)
+    assert steps_to(curve, 0.71) == math.inf
+    slow, fast, never = ((10, 0.1), (20, 0.5)), ((10, 0.5), (20, 0.6)), ((10, 0.1), (20, 0.2))
+    found = speed({0: fast, 1: fast, 2: never}, {0: slow, 1: slow, 2: slow})
+    assert (found.ratio, found.reached, found.number) == (2.0, 2, 3)
+    assert speed({0: never}, {0: slow}).ratio == 0
+
+
+# --- peers and data ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_are_saved_and_loaded(name, registry, tmp_path):
+    register_peers()
+    register_peers()
+    model = medmim.create_segmenter(name, "light", num_classes=3, img_size=(8, 16, 12), channels=(4, 8, 8)).eval()
+    x = torch.randn(2, 1, 8, 16, 12)
+    assert model(x).shape == (2, 3, 8, 16, 12)
+    medmim.save_pretrained(model, tmp_path)
+    assert torch.equal(medmim.from_pretrained(tmp_path)(x), model(x))
+    model(x).sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_shapes_are_labelled_exactly(shapes):
+    cases = find_cases(shapes)
+    split = split_cases(cases, 0, source="x")
+    assert [len(side) for side in (split.training, split.validation, split.test)] == [2, 2, 1]
+    scan, labels = (medmim.load_volume(path).array[0] for path in (cases[0].image, cases[0].label))
+    means = [scan[labels == label].mean() for label in range(3)]
+    assert means[0] + 30 < means[1] < means[2] - 30
+
+
+def test_fetched_data_have_the_split(tmp_path):
+    with open(experiment_folder() / "hippocampus.csv", newline="") as file:
+        listed = [row["case"] for row in csv.DictReader(file)]
+    names = [*listed, "hippocampus_900"]
+
+    def download(url, filepath, output_dir, *, hash_val, hash_type):
+        assert hash_type == "md5"
+        assert len(hash_val) == 32
+        for kind in ("imagesTr", "labelsTr"):
+            (folder := filepath.parent / "Task04_Hippocampus" / kind).mkdir(parents=True)
+            for name in names:
+                (folder / f"{name}.nii.gz").touch()
+            (folder / "._hippocampus_001.nii.gz").touch()
+        (filepath.parent / "Task04_Hippocampus" / "dataset.json").write_text("{}")
+
+    assert fetch_data("hippocampus", tmp_path / "data", download=download) == (len(listed), 1)
+    cases = find_cases(tmp_path / "data")
+    assert [case.name for case in cases] == listed
+    split = split_cases(cases, 0, source="x")
+    assert [len(side) for side in (split.training, split.validation, split.test)] == [107, 51, 50]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "dataset.json", "imagesTr", "labelsTr", "subjects.csv",
+    ]  # fmt: skip
+
+    with pytest.raises(SpecError, match="imagesTr already"):
+        fetch_data("hippocampus", tmp_path / "data", download=download)
+    names.remove(listed[0])
+    with pytest.raises(FetchError, match=f"lacks 1 listed cases, such as {listed[0]}"):
+        fetch_data("hippocampus", tmp_path / "less", download=download)
+    assert list((tmp_path / "less").iterdir()) == []
+
+    def fail(*arguments, **settings):
+        raise RuntimeError("md5 check failed")
+
+    with pytest.raises(FetchError, match="md5 check failed"):
+        fetch_data("hippocampus", tmp_path / "broken", download=fail)
+    with pytest.raises(SpecError, match="no data set 'liver'"):
+        fetch_data("liver", tmp_path / "liver")
+
+
+@pytest.mark.network
+def test_fetching_for_real(tmp_path):
+    assert fetch_data("hippocampus", tmp_path / "data") == (208, 52)
