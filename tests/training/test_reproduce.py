@@ -370,8 +370,3 @@ def test_fetched_data_have_the_split(tmp_path):
         fetch_data("hippocampus", tmp_path / "broken", download=fail)
     with pytest.raises(SpecError, match="no data set 'liver'"):
         fetch_data("liver", tmp_path / "liver")
-
-
-@pytest.mark.network
-def test_fetching_for_real(tmp_path):
-    assert fetch_data("hippocampus", tmp_path / "data") == (208, 52)
