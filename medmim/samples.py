@@ -10,6 +10,18 @@ from medmim.errors import ScanError
 PACKAGE = Path(__file__).parent
 FOLDERS = (PACKAGE.parent / "examples" / "data", PACKAGE / "sample_scans")  # in a checkout, in an installed wheel
 
+BRAIN_CLASSES = ("background", "grey matter", "white matter")
+THORAX_CLASSES = (
+    "background",
+    "ribs",
+    "cervical vertebrae",
+    "thoracic vertebrae",
+    "lumbar vertebrae",
+    "right lung",
+    "left lung",
+    "other tissue",
+)
+
 
 @dataclass(frozen=True)
 class SampleScan:
@@ -21,6 +33,8 @@ class SampleScan:
         modality: "CT" or "MR".
         licence: SPDX identifier; `LICENSE-<name>.txt` beside the file has the terms and whom to credit.
         credit: Whom to name beside a picture of it.
+        labels: A NIfTI file in the same voxels; None where there are none.
+        classes: What the labels 0, 1, ... mean.
     """
 
     name: str
@@ -28,6 +42,8 @@ class SampleScan:
     modality: str
     licence: str
     credit: str
+    labels: Path | None = None
+    classes: tuple[str, ...] = ()
 
 
 def sample_scans() -> tuple[SampleScan, ...]:
@@ -47,8 +63,18 @@ def sample_scans() -> tuple[SampleScan, ...]:
                 "MR",
                 "LicenseRef-MNI",
                 "ICBM 152 2009a, McConnell Brain Imaging Centre",
+                folder / "brain_tissue.nii.gz",
+                BRAIN_CLASSES,
             ),
-            SampleScan("thorax_ct", folder / "thorax_ct.nii.gz", "CT", "MIT", "CTChest4 of slicerio"),
+            SampleScan(
+                "thorax_ct",
+                folder / "thorax_ct.nii.gz",
+                "CT",
+                "MIT",
+                "CTChest4 of slicerio",
+                folder / "thorax_labels.nii.gz",
+                THORAX_CLASSES,
+            ),
         )
         if all(scan.path.is_file() for scan in scans):
             return scans

@@ -13,7 +13,7 @@ from medmim.volumes import load_volume
 
 FOLDER = sample_scans()[0].path.parent
 README = (FOLDER / "README.md").read_text()
-LABELS = {"brain_tissue": ("brain_t1", 2), "thorax_labels": ("thorax_ct", 7)}
+LABELLED = [scan for scan in sample_scans() if scan.labels]
 
 
 @pytest.mark.parametrize("scan", sample_scans(), ids=lambda scan: scan.name)
@@ -26,13 +26,18 @@ def test_each_scan_can_be_read_and_has_its_licence_beside_it(scan):
     assert f"LICENSE-{scan.name}.txt" in README
 
 
-@pytest.mark.parametrize("labels", LABELS)
-def test_labels_lie_on_their_scan(labels):
-    name, highest = LABELS[labels]
-    scan, segmented = (load_volume(FOLDER / f"{which}.nii.gz") for which in (name, labels))
-    assert segmented.array.shape == scan.array.shape
-    np.testing.assert_allclose(segmented.affine, scan.affine)
-    assert np.unique(segmented.array).tolist() == list(range(highest + 1))
+@pytest.mark.parametrize("scan", LABELLED, ids=lambda scan: scan.name)
+def test_labels_lie_on_their_scan(scan):
+    volume, labels = load_volume(scan.path), load_volume(scan.labels)
+    assert labels.array.shape == volume.array.shape
+    np.testing.assert_allclose(labels.affine, volume.affine)
+    assert np.unique(labels.array).tolist() == list(range(len(scan.classes)))
+
+
+def test_labels_are_of_a_scan():
+    assert {path.name for path in FOLDER.glob("*.nii.gz")} == {
+        path.name for scan in sample_scans() for path in (scan.path, scan.labels) if path
+    }
 
 
 def test_readme_lists_every_file_with_its_digest():
