@@ -2,7 +2,7 @@
 
     python examples/continue_pretraining.py [FOLDER]
 
-Takes about 2 minutes on 2 CPU cores without a folder; your scans are then one chest CT. It prints the loss, and the
+Takes about 40 seconds on 2 CPU cores without a folder; your scans are then one chest CT. It prints the loss, and the
 error of reconstructing 75 % of the patches before and after: of the scan that was trained on, which must become better,
 and of one of another patient, which may not. So few steps on one scan are an example, not a way to get good weights.
 

@@ -2,7 +2,7 @@
 
     python examples/own_folder.py [FOLDER]
 
-Takes about 20 seconds on 2 CPU cores without a folder; it then makes one: a chest CT, a brain MR, the same MR with its
+Takes about 10 seconds on 2 CPU cores without a folder; it then makes one: a chest CT, a brain MR, the same MR with its
 axes stored in another order, and a file of which half is missing. It prints what each file holds and how similar the
 scans are, and writes their features to `features.safetensors` in the folder. The MR with other axes is the same scan,
 so that its features must be too; the broken file is reported and does not stop the others.

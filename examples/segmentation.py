@@ -1,7 +1,7 @@
 # %% [markdown]
 """Segmentation: fine-tune the encoder to tell grey and white matter, and segment a part of the brain it never saw.
 
-Takes about 2 minutes on 2 CPU cores. The MR and its labels are cut into three: the back of the head trains, the middle
+Takes about 80 seconds on 2 CPU cores. The MR and its labels are cut into three: the back of the head trains, the middle
 validates, the front is for the test. It prints the Dice of each class on the front, in the voxels of the file, before
 and after training. One brain, an average of 152 people, is an example; what it scores says nothing of a patient.
 """

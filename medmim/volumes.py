@@ -151,6 +151,8 @@ def _check_claim(shape: tuple[int, ...], room: int, path: Path, format_name: str
         path: The file, for the error.
         format_name: Likewise.
     """
+    if min(shape) < 0:
+        raise ScanError(f"{path}: its header claims sides of {_times(shape)} voxels; copy or export it again")
     voxels = math.prod(map(int, shape))
     if voxels > VOXELS:
         raise ScanError(f"{path}: its header claims {voxels} voxels, and at most {VOXELS} are read; cut the scan")

@@ -14,6 +14,7 @@ HOME = tempfile.TemporaryDirectory(prefix="medmim-tests-")
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "MEDMIM_HUB"))]:
     del os.environ[name]
 os.environ |= {"HF_HOME": HOME.name, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ["COLUMNS"] = "200"  # rich reads it when the command line is imported
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -96,7 +97,6 @@ def call(monkeypatch, capfd):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["/somewhere/bin/medmim", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
         capfd.readouterr()
         try:
             cli.main()

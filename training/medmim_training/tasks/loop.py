@@ -193,8 +193,10 @@ class Run:
                     self.metrics.write(report)
                     watch(report)
                     waited, since = 0.0, (done, time.perf_counter())
-                if finished or stopped or done % every.checkpoint_every == 0:
+                if finished or done % every.checkpoint_every == 0:
                     watch_validation(self._validate_and_save(done))
+                elif stopped:  # in the seconds that are left
+                    self._save(done, scores=[], is_best=False)
                 if stopped and not finished:
                     raise Preempted(f"{self.folder}: stopped and saved at step {done}; the same command goes on")
         return self._finish()
@@ -255,6 +257,11 @@ class Run:
         validation, scores = self.task.validate(done, self.folder / PICTURES)
         self.validations.append(asdict(validation))
         is_best, self.best = validation.quality > self.best, max(validation.quality, self.best)
+        self._save(done, scores=scores, is_best=is_best)
+        _write(self.folder / VALIDATION_FILE, "".join(json.dumps(each) + "\n" for each in self.validations))
+        return validation
+
+    def _save(self, done: int, *, scores: list[tuple], is_best: bool) -> None:
         state: dict[str, Any] = {
             "step": done,
             "best": self.best,
@@ -265,8 +272,6 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
         }
         save_checkpoint(self.folder / CHECKPOINTS, done, state, keep=self.recipe.output.keep, best=is_best)
-        _write(self.folder / VALIDATION_FILE, "".join(json.dumps(each) + "\n" for each in self.validations))
-        return validation
 
     def _finish(self) -> nn.Module:
         """Writes the best model and how it does on each case."""
