@@ -1,9 +1,9 @@
 """Classification: fine-tune an encoder with a plain loop, save it, and classify a scan from a file.
 
 Takes about 30 seconds on 2 CPU cores. The task is to tell the right side of a chest from the left in a cube of 96 mm;
-it is trained on cubes from one patient's CT and tested on cubes from another's. The place that a cube was cut from is the
-truth. It prints the share of the test cubes that is right, for pretrained and for random weights after as many steps,
-and what the model, saved and loaded, says of a file with the right half of the test scan.
+it is trained on cubes from one patient's CT and tested on cubes from another's. The place that a cube was cut from is
+the truth. It prints the share of the test cubes that is right, for pretrained and for random weights after as many
+steps, and what the model, saved and loaded, says of a file with the right half of the test scan.
 
 One patient to train on is far too few for anything but an example.
 """

@@ -1,8 +1,9 @@
 """Use inside PyTorch Lightning: a pretrained encoder fine-tuned by a `LightningModule`, with rates that decay by layer.
 
 Takes about 80 seconds on 2 CPU cores; needs `pip install lightning`. The volumes are MONAI's: noise with balls of
-random size and brightness in it, whose labels are exact. It prints the Dice of the balls in volumes that were not trained on,
-before and after, for pretrained and for random weights. The task is easy, and synthetic: the weights have seen scans.
+random size and brightness in it, whose labels are exact. It prints the Dice of the balls in volumes that were not
+trained on, before and after, for pretrained and for random weights. The task is easy, and synthetic: the weights have
+seen scans.
 """
 
 import os
