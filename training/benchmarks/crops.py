@@ -12,14 +12,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import blosc2
 import nibabel as nib
 import numpy as np
 import torch
 import typer
 from common import RESULTS, compare, take_turns, write_result
 
-from medmim_training.store.index import VOLUMES, write_array
+from medmim_training.store.index import VOLUMES, open_array, read_array, write_array
 
 CHUNK = 96
 
@@ -80,7 +79,7 @@ def write_all(volume: np.ndarray, folder: Path) -> tuple[dict[str, Callable], di
         zip(
             paths,
             (
-                lambda place: blosc2.open(str(own), mode="r")[(slice(None), *place)][0],
+                lambda place: read_array(open_array(own, (1, *volume.shape)), (slice(None), *place))[0],
                 lambda place: torch.load(torch_file, weights_only=True)[tuple(place)].numpy(),
                 lambda place: np.load(numpy_file, mmap_mode="r")[tuple(place)],
                 lambda place: np.asarray(nib.load(nifti).dataobj)[tuple(place)],

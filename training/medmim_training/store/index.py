@@ -191,7 +191,8 @@ def open_array(path: Path, shape: tuple[int, ...]) -> blosc2.NDArray:
         # Some versions of blosc2 run the code that such a file may hold when it is opened.
         if any(kind in header for kind in (b"LazyArray", b"proxy-source", b"b2o")):
             raise ValueError("it holds something else than numbers")
-        array = blosc2.open(str(path), mode="r")
+        # Starting threads takes longer than they would save; readers are processes.
+        array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
     # blosc2 raises what its parts happen to raise for a damaged file.
     except Exception as error:
         raise SpecError(f"{path}: cannot be opened ({error}); delete its line of {INDEX_FILE}, prepare again") from None
