@@ -252,9 +252,11 @@ def test_what_a_run_leaves(finished, archive, tmp_path):
     model, folder = finished
     validations = lines(folder / "validation.jsonl")
     best = max(validations, key=lambda each: each["auc"])
-    with open(folder / "scores.csv", newline="") as file:
+    with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["case"] for row in rows] == json.loads((folder / "split.json").read_text())["validation"]
+    assert [row["case"] for row in rows] == json.loads((folder / "split.json").read_text(encoding="utf-8"))[
+        "validation"
+    ]
     truth = np.array([CLASSES.index(row["label"]) for row in rows])
     probabilities = np.array([[float(row[name]) for name in CLASSES] for row in rows])
     assert roc_auc_score(truth, probabilities[:, 1]) == pytest.approx(best["auc"], abs=1e-5)
@@ -275,7 +277,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished, recipe, tmp_path):
     resumed = finetune(recipe, tmp_path).state_dict()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in finished[0].state_dict().items())
     for name in ("validation.jsonl", "scores.csv"):
-        assert (tmp_path / name).read_text() == (finished[1] / name).read_text()
+        assert (tmp_path / name).read_text(encoding="utf-8") == (finished[1] / name).read_text(encoding="utf-8")
 
 
 def test_sigterm_saves_and_the_run_goes_on(finished, recipe, tmp_path):
@@ -369,9 +371,9 @@ def test_probes_read_the_scans_once_and_the_test_only_when_asked(archive, tmp_pa
         ("knn", "validation", 8), ("knn", "validation", 8), ("logistic", "validation", 8),
     ]  # fmt: skip
     assert not (tmp_path / "test.safetensors").exists()
-    data = json.loads((tmp_path / "probe.json").read_text())
+    data = json.loads((tmp_path / "probe.json").read_text(encoding="utf-8"))
     assert data[2]["auc"] == results[2].scores.auc
-    with open(tmp_path / "probe.csv", newline="") as file:
+    with open(tmp_path / "probe.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 9
 
     def refuse(*args):
@@ -405,7 +407,7 @@ def test_probes_read_the_scans_once_and_the_test_only_when_asked(archive, tmp_pa
     )
     assert "6 test" in out
     run_command(monkeypatch, capfd, "probe", "vit_t_mae3d", *given, "-o", tmp_path)  # as the weights of that name
-    assert len(json.loads((tmp_path / "probe.json").read_text())) == 3
+    assert len(json.loads((tmp_path / "probe.json").read_text(encoding="utf-8"))) == 3
     unprepared = settings | {"volume": None, "model": MODEL | {"name": "vit_t_simmim3d"}}
     with pytest.raises(SpecError, match="vit_t_simmim3d: nothing says how to prepare a scan; give volume="):
         probing.probe(ProbeRecipe.model_validate(unprepared), tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-README = (EXAMPLES / "README.md").read_text()
+README = (EXAMPLES / "README.md").read_text(encoding="utf-8")
 NOTEBOOKS = sorted(path.stem for path in EXAMPLES.glob("*.ipynb"))
 PRINTED = {
     "quickstart": r"patches: \(192, 7, 8, 6\)[^$]*saved, loaded and the same: True",

@@ -161,7 +161,9 @@ def pretend(monkeypatch):
 
 
 def status(folder) -> dict[str, str]:
-    return {entry["run"]: entry["status"] for entry in json.loads((folder / "manifest.json").read_text())}
+    return {
+        entry["run"]: entry["status"] for entry in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    }
 
 
 def test_what_fails_is_said_at_the_end_and_tried_again(pretend, experiment, shapes, tmp_path, monkeypatch):
@@ -185,7 +187,7 @@ def test_what_fails_is_said_at_the_end_and_tried_again(pretend, experiment, shap
     monkeypatch.setattr(runner, "pretrain", works)
     Runner(experiment, shapes, tmp_path, smoke=True, only=["decoder"]).run()
     assert len(pretend) == len(set(pretend)) == 10
-    text = page.write_report(grid, tmp_path / "report").read_text()
+    text = page.write_report(grid, tmp_path / "report").read_text(encoding="utf-8")
     assert f"Incomplete: {sum(isinstance(r, FineTuningRun) for r in grid.wanted)} of" in text
     assert "## How deep the decoder of pretraining is" in text
     assert "## How many labels" in text  # with what it shares with the other table
@@ -218,7 +220,7 @@ def test_peers_get_the_time_of_the_other_and_keep_it(pretend, experiment, shapes
     grid.run()
     runs = {run.recipe.model.name: run for run in grid.wanted if isinstance(run, FineTuningRun)}
     for name in PEERS:
-        text = (grid.place(runs[name]) / "recipe.yaml").read_text()
+        text = (grid.place(runs[name]) / "recipe.yaml").read_text(encoding="utf-8")
         assert "steps: 2400" in text  # three times 800
         assert "checkpoint_every: 240" in text
     monkeypatch.setattr(runner, "seconds_a_step", None)
@@ -249,16 +251,16 @@ def test_all_of_it_in_a_tiny_form(tmp_path, monkeypatch, capfd, registry):
         return capfd.readouterr().out
 
     call()
-    entries = json.loads((tmp_path / "manifest.json").read_text())
+    entries = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
     assert {entry["status"] for entry in entries} == {"done"}
     experiment = load_experiment("paper-small").tiny()
-    with open(tmp_path / "report" / "results.csv", newline="") as file:
+    with open(tmp_path / "report" / "results.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == sum(entry["kind"] == "finetuning" for entry in entries)
     for row in rows:
         assert 0 <= float(row["test_dice"]) <= 1
         assert float(row["cpu_seconds"]) > 0
-    text = (tmp_path / "report" / "README.md").read_text()
+    text = (tmp_path / "report" / "README.md").read_text(encoding="utf-8")
     assert "Incomplete" not in text
     assert "figures mean nothing" in text
     for name, table in experiment.tables.items():
@@ -276,7 +278,7 @@ def test_all_of_it_in_a_tiny_form(tmp_path, monkeypatch, capfd, registry):
     for name in ("pretrain", "finetune", "evaluate_run"):
         monkeypatch.setattr(runner, name, None)
     call()
-    assert (tmp_path / "report" / "README.md").read_text() == text
+    assert (tmp_path / "report" / "README.md").read_text(encoding="utf-8") == text
     assert "16.0" not in call("--dry-run", "--only", "spacing", "--tflops", "1")
 
 
@@ -333,7 +335,7 @@ def test_shapes_are_labelled_exactly(shapes):
 
 
 def test_fetched_data_have_the_split(tmp_path):
-    with open(experiment_folder() / "hippocampus.csv", newline="") as file:
+    with open(experiment_folder() / "hippocampus.csv", newline="", encoding="utf-8") as file:
         listed = [row["case"] for row in csv.DictReader(file)]
     names = [*listed, "hippocampus_900"]
 
