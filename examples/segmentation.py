@@ -19,8 +19,9 @@ import numpy as np
 import medmim
 from medmim.samples import sample_scans
 from medmim_training.recipe import load_recipe
+from medmim_training.tasks.finetuning import finetune
 from medmim_training.tasks.recipe import FineTuneRecipe
-from medmim_training.tasks.segmentation import build_segmenter, finetune
+from medmim_training.tasks.segmentation import build_segmenter
 
 SMOKE = "MEDMIM_SMOKE" in os.environ  # the tests only look whether it runs
 STEPS, SIDE = (2, 32) if SMOKE else (60, 48)

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from medmim import hub, registry
 from medmim.errors import SpecError
-from medmim.files import atomic_write
+from medmim.files import write_text
 from medmim.samples import SampleScan, sample_scans
 from medmim.spec import ModelSpec, Percentile, TrainingRecord, VolumeSpec, WeightsSpec, Window
 
@@ -47,8 +47,7 @@ def write_cards(folder: Path) -> list[Path]:
     """
     stale = {path: text for path, text in _catalog_cards(folder) if _read(path) != text}
     for path, text in stale.items():
-        with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return list(stale)
 
 

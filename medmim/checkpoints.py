@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from medmim.errors import WeightsError
-from medmim.files import atomic_write
+from medmim.files import atomic_write, write_text
 from medmim.limits import HEADER_BYTES
 
 SHARD_BYTES = 95_000_000  # git hosts refuse files of 100 MB
@@ -150,8 +150,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str, *, sha
             save_file({key: tensors[key] for key in keys}, temporary, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        with atomic_write(folder / f"{stem}.safetensors.index.json") as temporary:
-            temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return list(split.filename_to_tensors)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from medmim.errors import ScanError, SpecError
-from medmim.files import atomic_write
+from medmim.files import write_csv
 from medmim.volumes import SCAN_SUFFIXES, find_scans
 
 
@@ -70,7 +70,4 @@ class ScanTable:
     def add(self, scan: str, values: Iterable[float]) -> None:
         """Adds the row of a scan, or replaces it."""
         self.rows[scan] = [f"{value:.6g}" for value in values]
-        with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.header)
-            writer.writerows([name, *row] for name, row in self.rows.items())
+        write_csv(self.path, self.header, ([name, *row] for name, row in self.rows.items()))

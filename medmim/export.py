@@ -21,7 +21,7 @@ from medmim import __version__
 from medmim.cards import NOTICE
 from medmim.errors import MedmimError, SpecError, WeightsError
 from medmim.factory import save_pretrained
-from medmim.files import atomic_write
+from medmim.files import atomic_write, write_text
 from medmim.spec import ModelSpec, VolumeSpec, ZScore
 
 CONFIG_KEY = "medmim"  # of ONNX metadata, and without the suffix of an extra file of torch.export
@@ -104,8 +104,7 @@ def _to_bundle(model: nn.Module, folder: Path) -> None:
     spec = save_pretrained(model, folder / "models")
     configs = {"metadata": _bundle_metadata(spec, model.num_classes or model.num_features), "inference": INFERENCE}
     for name, config in configs.items():
-        with atomic_write(folder / "configs" / f"{name}.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / "configs" / f"{name}.json", json.dumps(config, indent=2) + "\n")
 
 
 INFERENCE = {

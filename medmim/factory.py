@@ -190,8 +190,7 @@ def create_decoder(model: nn.Module) -> nn.Module:
         raise WeightsError(
             f"{name} has a decoder of kind {weights.decoder_spec.kind!r}, which this medmim does not know; update it"
         )
-    module, _, attribute = DECODERS[weights.decoder_spec.kind].partition(":")
-    cls = getattr(import_module(module), attribute)
+    cls = decoder_class(weights.decoder_spec.kind)
     args = registry.as_arguments(weights.decoder_spec.args)
     try:
         decided = cls.of_encoder(model)
@@ -208,6 +207,12 @@ def create_decoder(model: nn.Module) -> nn.Module:
     load_strictly(decoder, read_tensors([path]), source=str(path), device=like.device, dtype=like.dtype)
     _materialise(decoder)
     return decoder.to(like).eval()
+
+
+def decoder_class(kind: str) -> type[nn.Module]:
+    """The class of the pretraining decoders of a kind, a key of `DECODERS`."""
+    module, _, attribute = DECODERS[kind].partition(":")
+    return getattr(import_module(module), attribute)
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -473,8 +478,8 @@ def _drop_other_head(
     prefixes = (prefix, POOL) if other_pool else (prefix,)
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(prefixes)}
     stored = {key: tensor.shape for key, tensor in tensors.items() if key.startswith(prefixes)}
-    is_other = other_pool or model.num_classes != source_args.get("num_classes")
-    if (stored == wanted and not other_pool) or (wanted and not is_other):
+    same_number = model.num_classes == source_args.get("num_classes")
+    if not other_pool and (stored == wanted or (wanted and same_number)):
         return set()
     for key in stored:
         del tensors[key]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medmim.errors import SpecError, WeightsError
-from medmim.files import atomic_write, fault_of, sha256_of
+from medmim.files import fault_of, sha256_of, write_text
 from medmim.limits import CONFIG_BYTES, read_json
 from medmim.localhub import REPOSITORY, LocalHub, Version
 from medmim.remote import COMMIT, HubAccess, Repository
@@ -252,8 +252,7 @@ def write_config(folder: Path, spec: ModelSpec) -> None:
         text = json.dumps(spec.to_data(), indent=2) + "\n"
     except ValueError as error:
         raise SpecError(f"{spec.name}: only plain data can be saved as constructor arguments ({error})") from None
-    with atomic_write(folder / CONFIG) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(folder / CONFIG, text)
 
 
 def describe_file(folder: Path, name: str) -> FileSpec:

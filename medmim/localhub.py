@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from medmim.errors import WeightsError
-from medmim.files import Content, atomic_write, sha256_of, size_of
+from medmim.files import Content, sha256_of, size_of, write_text
 
 SNAPSHOTS, REFS, SUMS, MAIN = "snapshots", "refs", "SHA256SUMS", "main"
 STAGING = ".publishing-"
@@ -199,8 +199,7 @@ class LocalHub:
         folder.mkdir()
         _copy(files, folder, progress)
         sums = "".join(f"{sha256_of(folder / name)}  {name}\n" for name in sorted(files))
-        with atomic_write(folder / SUMS) as path:
-            path.write_text(sums, encoding="utf-8")
+        write_text(folder / SUMS, sums)
         version = version or hashlib.sha256(sums.encode()).hexdigest()[:40]
         target = home / SNAPSHOTS / version
         target.parent.mkdir(exist_ok=True)
@@ -209,8 +208,7 @@ class LocalHub:
                 os.replace(target, staging / "damaged")
             os.replace(folder, target)
         for name in (*filter(None, [tag]), *branches):
-            with atomic_write(home / REFS / name) as path:
-                path.write_text(f"{version}\n", encoding="utf-8")
+            write_text(home / REFS / name, f"{version}\n")
         return version
 
 

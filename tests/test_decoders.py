@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 
 import medmim
 from fakes import RECORD, tiny_model
 from medmim.errors import WeightsError
-from medmim.factory import DECODERS
+from medmim.factory import DECODERS, decoder_class
 from medmim.golden import golden_outputs
 from medmim.layers.tokens import patchify
 from medmim.reconstruction import reconstruct
@@ -27,8 +25,7 @@ every_case = pytest.mark.parametrize(("name", "kind", "args"), CASES, ids=[f"{ca
 
 def build(name, kind, args):
     model = tiny_model(name).eval()
-    module, _, attribute = DECODERS[kind].partition(":")
-    cls = getattr(import_module(module), attribute)
+    cls = decoder_class(kind)
     return model, cls(**cls.of_encoder(model), **args).eval()
 
 

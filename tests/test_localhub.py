@@ -135,7 +135,7 @@ def test_weights_of_the_catalog_are_those_of_their_commit_else_the_newest(
 # --- in whole or not at all -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["_copy", "sha256_of", "atomic_write"])
+@pytest.mark.parametrize("step", ["_copy", "sha256_of", "write_text"])
 def test_a_version_that_could_not_be_written_leaves_what_was_there(local, files, other_files, monkeypatch, step):
     version = local.publish(REPO, files)
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 from test_engine import Interrupted, stop_at
+from test_finetune import RUN, lines
 from test_finetune import data as segmentation_data  # noqa: F401
-from test_finetune import lines
 from test_finetune import make_recipe as make_segmentation_recipe
 
 import medmim
@@ -28,13 +28,13 @@ from medmim_training.recipe import load_recipe
 from medmim_training.tasks import classification
 from medmim_training.tasks import probe as probing
 from medmim_training.tasks.cases import split_cases
-from medmim_training.tasks.classification import ClassificationTask, finetune
+from medmim_training.tasks.classification import ClassificationTask
 from medmim_training.tasks.crops import ChangedVolumes
+from medmim_training.tasks.finetuning import finetune
 from medmim_training.tasks.labelled import find_labelled
 from medmim_training.tasks.loop import Run
 from medmim_training.tasks.metrics import score_classes
 from medmim_training.tasks.recipe import ChangeSection, ClassificationRecipe, FineTuneRecipe, ProbeRecipe
-from medmim_training.tasks.segmentation import finetune as finetune_segmenter
 
 CLASSES = ("thick", "thin")
 VOLUME = {"spacing": (2, 2, 2), "intensity": {"MR": {"kind": "percentile"}}}
@@ -78,8 +78,7 @@ def archive(tmp_path_factory):
 
 def make_recipe(data, **changes) -> ClassificationRecipe:
     recipe = {
-        "name": "tiny",
-        "summary": "seconds",
+        **RUN,
         "task": "classification",
         "data": str(data),
         "classes": CLASSES,
@@ -87,10 +86,7 @@ def make_recipe(data, **changes) -> ClassificationRecipe:
         "volume": VOLUME,
         "modality": "MR",
         "batch_size": 4,
-        "optimizer": {"lr": 1e-2, "layer_decay": 0.8},
         "schedule": {"steps": 9, "warmup": 2},
-        "head_warmup": 3,
-        "precision": "fp32",
         "output": {"log_every": 1, "checkpoint_every": 3},
     }
     return ClassificationRecipe.model_validate(recipe | changes)
@@ -327,7 +323,7 @@ def test_what_cannot_be_run_is_said(recipe, archive, finished, tmp_path, monkeyp
         with pytest.raises(SpecError, match=message):
             load_recipe("finetune/vit_t_classify", ["data=x", override], kind=FineTuneRecipe)
     with pytest.raises(SpecError, match="another recipe ran here"):
-        finetune_segmenter(make_segmentation_recipe(segmentation_data), finished[1])
+        finetune(make_segmentation_recipe(segmentation_data), finished[1])
     with pytest.raises(SpecError, match="no training case is of the class 'thick'"):
         finetune(make_recipe(archive, labels=1, seed=1), tmp_path)
     build = classification.build_classifier

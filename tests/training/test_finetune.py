@@ -30,10 +30,10 @@ from medmim_training.tasks import classification, segmentation
 from medmim_training.tasks.cases import LoadedCase, choose, find_cases, find_classes, load_case, pad_around, split_cases
 from medmim_training.tasks.crops import LabelledCrops
 from medmim_training.tasks.evaluation import cases_of, evaluate_run
+from medmim_training.tasks.finetuning import finetune
 from medmim_training.tasks.loop import Run
 from medmim_training.tasks.metrics import bootstrap_interval, mean_of_cases, score_case
 from medmim_training.tasks.recipe import CropSection, FineTuneRecipe, SegmentationRecipe
-from medmim_training.tasks.segmentation import finetune
 
 CLASSES = ("background", "ball", "box")
 PLAIN = CropSection(rotate=0, scale=0, appearance=0)
@@ -73,10 +73,19 @@ def data(tmp_path_factory):
     return folder
 
 
+# Of every tiny run, whatever its task.
+RUN = {
+    "name": "tiny",
+    "summary": "seconds",
+    "optimizer": {"lr": 1e-2, "layer_decay": 0.8},
+    "head_warmup": 3,
+    "precision": "fp32",
+}
+
+
 def make_recipe(data, **changes) -> SegmentationRecipe:
     recipe = {
-        "name": "tiny",
-        "summary": "seconds",
+        **RUN,
         "data": str(data),
         "classes": CLASSES,
         "model": {
@@ -93,10 +102,7 @@ def make_recipe(data, **changes) -> SegmentationRecipe:
         },
         "decoder": {"name": "light", "args": {"width": 4}},
         "volume": {"spacing": (2, 2, 2), "intensity": {"MR": {"kind": "percentile"}}},
-        "optimizer": {"lr": 1e-2, "layer_decay": 0.8},
         "schedule": {"steps": 12, "warmup": 2},
-        "head_warmup": 3,
-        "precision": "fp32",
         "output": {"log_every": 1, "checkpoint_every": 4},
     }
     return SegmentationRecipe.model_validate(recipe | changes)

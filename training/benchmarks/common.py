@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medmim.files import atomic_write
+from medmim.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -73,8 +73,7 @@ def machine() -> dict[str, Any]:
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Writes a record and prints it."""
     text = json.dumps({"date": date.today().isoformat(), "machine": machine(), **result}, indent=1)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
     print(text)
 
 

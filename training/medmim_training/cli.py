@@ -29,6 +29,8 @@ class ProbeSplit(StrEnum):
     test = "test"
 
 
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")]
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
 console = Terminal()
 
@@ -93,7 +95,7 @@ def pretrain(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example schedule.steps=100")] = None,
     data: Annotated[Path | None, typer.Option(help="Store made by `medmim-train prepare`.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the run; a run in it resumes.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")] = None,
+    threads: ThreadsOption = None,
     shard: Annotated[
         bool, typer.Option("--shard", help="Split the weights over the processes (FSDP2), for large models.")
     ] = False,
@@ -106,12 +108,9 @@ def pretrain(
 
     Example: `medmim-train pretrain small/vit_t_mae3d --data store -o runs/vit_t schedule.steps=100`
     """
-    import torch
-
     from medmim_training.recipe import load_recipe
 
-    if threads:
-        torch.set_num_threads(threads)
+    _use_threads(threads)
     chosen = load_recipe(recipe, overrides or [])
     if plan:
         _print_plan(chosen, tflops)
@@ -167,30 +166,21 @@ def finetune(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, for example data=FOLDER labels=10% seed=1")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")] = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Fine-tunes an encoder for segmentation or classification; resumes where an interrupted run stopped.
 
     Example: `medmim-train finetune finetune/vit_t_unetr data=Task04_Hippocampus labels=10% -o runs/hippocampus`
     """
-    import torch
-
     from medmim_training.recipe import load_recipe
     from medmim_training.record import Report
+    from medmim_training.tasks.finetuning import finetune as run_finetuning
     from medmim_training.tasks.loop import MODEL, Validation
     from medmim_training.tasks.recipe import FineTuneRecipe
 
-    if threads:
-        torch.set_num_threads(threads)
+    _use_threads(threads)
     chosen = load_recipe(recipe, overrides or [], kind=FineTuneRecipe)
-    if chosen.task == "segmentation":
-        from medmim_training.tasks.segmentation import finetune as run_finetuning
-
-        use = "segment SCAN -o masks"
-    else:
-        from medmim_training.tasks.classification import finetune as run_finetuning
-
-        use = "classify SCAN -o classes.csv"
+    use = "segment SCAN -o masks" if chosen.task == "segmentation" else "classify SCAN -o classes.csv"
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(chosen.name, total=chosen.schedule.steps, state="")
@@ -215,20 +205,17 @@ def probe(
     ] = None,
     split: Annotated[ProbeSplit, typer.Option(help="test: also on the cases kept for the very end.")] = ProbeSplit.val,
     scratch: Annotated[bool, typer.Option("--scratch", help="Random weights, for comparison.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")] = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Classifies by frozen features: nearest neighbours and logistic regression, with no training loop.
 
     Example: `medmim-train probe vit_t_mae3d data=cases.csv -o probe`
     """
-    import torch
-
     from medmim_training.recipe import make_settings
     from medmim_training.tasks.probe import probe as run_probe
     from medmim_training.tasks.recipe import ProbeRecipe
 
-    if threads:
-        torch.set_num_threads(threads)
+    _use_threads(threads)
     chosen = make_settings(
         {"model": {"name": model, "pretrained": not scratch}}, overrides or [], kind=ProbeRecipe, source="probe"
     )
@@ -272,7 +259,7 @@ def evaluate(
     import json
 
     from medmim.factory import create_decoder, create_model
-    from medmim.files import atomic_write
+    from medmim.files import write_text
     from medmim_training.evaluate import evaluate_reconstruction
     from medmim_training.store.sources import find_sources
 
@@ -291,8 +278,7 @@ def evaluate(
         table.add_row(result.dataset, str(result.cases), *(f"{value:.3f}" for value in values))
     console.print(table)
     if out:
-        with atomic_write(out) as path:
-            path.write_text(json.dumps([result.to_data() for result in results], indent=1) + "\n", encoding="utf-8")
+        write_text(out, json.dumps([result.to_data() for result in results], indent=1) + "\n")
 
 
 @app.command("test")
@@ -343,22 +329,19 @@ def reproduce(
     tflops: Annotated[
         float | None, typer.Option(min=0.001, help="For --dry-run: TFLOP/s of the hardware; default as measured here.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")] = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Runs all of an experiment, and writes a page about it; the same command goes on where it was stopped.
 
     Example: `medmim-train reproduce paper-small --data Task04_Hippocampus -o runs/paper-small`
     """
-    import torch
-
     from medmim_training.reproduce.experiment import load_experiment
     from medmim_training.reproduce.page import write_report
     from medmim_training.reproduce.runner import Progress as RunProgress
     from medmim_training.reproduce.runner import Runner
     from medmim_training.reproduce.shapes import write_shapes
 
-    if threads:
-        torch.set_num_threads(threads)
+    _use_threads(threads)
     chosen = load_experiment(experiment)
     if smoke and data is None:
         data = out / "shapes"
@@ -519,6 +502,13 @@ def _package(
         citation=read_text(citation, CONFIG_BYTES),
         evidence=tuple(Evidence.parse(result, source=str(evidence)) for result in results),
     )
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def _progress() -> Progress:

@@ -8,7 +8,6 @@ them), with no random state to save, and a batch split over ranks or accumulated
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,20 +18,19 @@ import torch
 from accelerate import Accelerator, DistributedType
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from medmim.errors import MedmimError, SpecError
 from medmim.factory import create_decoder, create_model
-from medmim.files import atomic_write
 from medmim.pictures import reconstruction_picture
 from medmim.spec import TrainingRecord
 from medmim_training.checkpoint import load_latest, save_checkpoint
+from medmim_training.loading import batches
 from medmim_training.methods import MethodOutput, create_method
 from medmim_training.optimization import create_optimizer, create_schedule
 from medmim_training.precision import resolve_precision
 from medmim_training.preemption import Preempted, stop_requests
-from medmim_training.recipe import Recipe, load_recipe
-from medmim_training.record import Clock, MetricsLog, Report, write_record
+from medmim_training.recipe import Recipe
+from medmim_training.record import Clock, Meter, MetricsLog, Report, claim, write_record
 from medmim_training.sharding import load_whole, repeated_parts, shard, whole
 from medmim_training.store.crops import CropDataset
 from medmim_training.store.index import Store
@@ -131,7 +129,7 @@ class _Run:
         self.part_size = self._part_size()
         self.writes = self.accelerator.is_main_process
         if self.writes:
-            _claim(folder, recipe)
+            claim(folder / RECIPE_FILE, recipe, kind=Recipe)
         self.accelerator.init_trackers(TRACKER)
 
         checkpoint = load_latest(folder / CHECKPOINTS) or {}
@@ -161,7 +159,7 @@ class _Run:
         if self.accelerator.scaler is not None and checkpoint.get("scaler"):
             self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
         self.metrics = MetricsLog(folder / METRICS_FILE, self.start) if self.writes else None
-        self.meter = _Meter(recipe, self.start, self.clock)
+        self.meter = Meter(self.start, steps=recipe.schedule.steps, batch_size=recipe.batch_size, clock=self.clock)
 
     def _accelerator(self) -> Accelerator:
         recipe, precision = self.recipe, resolve_precision(self.recipe.precision)
@@ -275,16 +273,9 @@ class _Run:
             mirror_axes=self.recipe.data.mirror_axes,
         )
         first = self.start * self.recipe.batch_size + self.accelerator.process_index
-        loader = DataLoader(
-            dataset,
-            batch_size=self.part_size,
-            sampler=range(first, len(dataset), self.accelerator.num_processes),
-            num_workers=self.recipe.data.workers,
-            # Forking a process in which torch's threads run can hang.
-            multiprocessing_context="spawn" if self.recipe.data.workers else None,
-        )
-        for batch in loader:
-            yield {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        order = range(first, len(dataset), self.accelerator.num_processes)
+        device = self.accelerator.device
+        return batches(dataset, order, size=self.part_size, workers=self.recipe.data.workers, device=device)
 
     def _report(self, step: _Step, done: int) -> Report:
         report = self.meter.report(done, step.loss, self.optimizer.param_groups[0]["lr"], step.grad_norm)
@@ -315,53 +306,3 @@ class _Run:
         is_best, self.best = recent <= self.best, min(recent, self.best)
         state |= {"best": self.best, "spent": self.clock.read()}
         save_checkpoint(self.folder / CHECKPOINTS, done, state, keep=self.recipe.output.keep, best=is_best)
-
-
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """Makes the run's folder, or checks that the run in it is this recipe's."""
-    path = folder / RECIPE_FILE
-    # Read, not compared as text: a run from before a key existed has that key's default.
-    if path.is_file() and load_recipe(str(path)).to_yaml() != recipe.to_yaml():
-        raise SpecError(f"{path}: another recipe ran here; choose another folder, or that recipe to go on with its run")
-    with atomic_write(path) as temporary:
-        temporary.write_text(recipe.to_yaml(), encoding="utf-8")
-
-
-class _Stopwatch:
-    """Adds up the seconds spent inside `with` blocks."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> None:
-        self.entered = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        self.seconds += time.perf_counter() - self.entered
-
-
-class _Meter:
-    """Speed, and time spent in `waiting`, since the last report."""
-
-    def __init__(self, recipe: Recipe, start: int, clock: Clock) -> None:
-        self.recipe, self.clock = recipe, clock
-        self._restart(start)
-
-    def _restart(self, step: int) -> None:
-        self.last_step, self.last_time, self.waiting = step, time.perf_counter(), _Stopwatch()
-
-    def report(self, step: int, loss: float, lr: float, grad_norm: float) -> Report:
-        seconds, spent = time.perf_counter() - self.last_time, self.clock.read()
-        report = Report(
-            step=step,
-            steps=self.recipe.schedule.steps,
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            crops_per_second=(step - self.last_step) * self.recipe.batch_size / seconds,
-            waiting=self.waiting.seconds / seconds,
-            wall_seconds=spent["wall"],
-            cpu_seconds=spent["cpu"],
-        )
-        self._restart(step)
-        return report

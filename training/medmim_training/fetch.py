@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from medmim.errors import MedmimError, SpecError
-from medmim.files import atomic_write
+from medmim.files import write_text
 from medmim.limits import LIST_BYTES, read_text
 from medmim_training.reproduce.experiment import experiment_folder
 from medmim_training.tasks.cases import DATASET, IMAGES, LABELS, SPLITS
@@ -63,8 +63,7 @@ def fetch_data(name: str, folder: str | Path, *, download: Callable[..., None] |
         wanted = [f"{case}.nii.gz" for case in listed]
         if missing := sorted(set(wanted) - found):
             raise FetchError(f"{url}: lacks {len(missing)} listed cases, such as {missing[0]}")
-        with atomic_write(folder / SPLITS) as path:
-            path.write_text(text, encoding="utf-8")
+        write_text(folder / SPLITS, text)
         shutil.move(source / DATASET, folder / DATASET)
         for kind in (LABELS, IMAGES):  # images last: their folder says that all is there
             chosen = source / f"chosen-{kind}"

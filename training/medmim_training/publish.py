@@ -11,7 +11,7 @@ from medmim import hub
 from medmim.cards import PICTURE_FILE, card_scan, render_card
 from medmim.errors import SpecError, WeightsError
 from medmim.factory import create_decoder, from_pretrained, resolve
-from medmim.files import atomic_write
+from medmim.files import atomic_write, write_csv, write_text
 from medmim.limits import CONFIG_BYTES, LIST_BYTES, read_json, read_text
 from medmim.pictures import reconstruction_picture
 from medmim.publish import catalog_entry, save_with_golden
@@ -86,8 +86,7 @@ def package(
     )
     picture = PICTURE_FILE if write_picture(folder) else None
     for name, text in ((CARD_FILE, render_card(spec, picture=picture)), (ENTRY_FILE, catalog_entry(spec))):
-        with atomic_write(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return spec
 
 
@@ -131,7 +130,5 @@ def _data_list_of(name: str | None) -> list[list[str]]:
 def _write_data_list(path: Path, store: Store, before: list[list[str]]) -> None:
     rows = [[e.source, e.sha256 or "", e.modality, e.group, e.license] for e in store.entries]
     seen = {row[1] or row[0] for row in rows}
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("file", "sha256", "modality", "collection", "licence"))
-        writer.writerows([*rows, *(row for row in before if (row[1] or row[0]) not in seen)])
+    others = (row for row in before if (row[1] or row[0]) not in seen)
+    write_csv(path, ("file", "sha256", "modality", "collection", "licence"), [*rows, *others])

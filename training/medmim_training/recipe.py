@@ -166,11 +166,16 @@ AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def recipe_folder() -> Path:
-    """Where the packaged recipes are: beside the package in a checkout, inside it in a wheel."""
+def packaged_folder(name: str) -> Path:
+    """Where packaged files are, such as "recipes": beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).parent
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
+def recipe_folder() -> Path:
+    """Where the packaged recipes are."""
+    return packaged_folder("recipes")
 
 
 def list_recipes(kind: type[RunRecipe] = Recipe) -> list[str]:

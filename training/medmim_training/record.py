@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from medmim.files import atomic_write
+from medmim.errors import SpecError
+from medmim.files import write_text
 from medmim.limits import LIST_BYTES, parse_json, read_text
 from medmim.spec import DataSource, Record, TrainingRecord
-from medmim_training.recipe import Recipe
+from medmim_training.recipe import Recipe, RunRecipe, load_recipe
 from medmim_training.store.index import Store
 
 RECENT = 20  # reports that the final loss is the mean of: one batch's loss says little
@@ -73,6 +74,53 @@ class Clock:
         return {key: self.spent[key] + now[key] - self.start[key] for key in now}
 
 
+class Stopwatch:
+    """Adds up the seconds spent inside `with` blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self.entered = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self.seconds += time.perf_counter() - self.entered
+
+
+class Meter:
+    """Speed, and time spent in `waiting`, since the last report.
+
+    Args:
+        start: Steps done before this session.
+        steps: Of the whole run.
+        batch_size: Crops of a step.
+        clock: Of the run.
+    """
+
+    def __init__(self, start: int, *, steps: int, batch_size: int, clock: Clock) -> None:
+        self.steps, self.batch_size, self.clock = steps, batch_size, clock
+        self._restart(start)
+
+    def _restart(self, step: int) -> None:
+        self.last_step, self.last_time, self.waiting = step, time.perf_counter(), Stopwatch()
+
+    def report(self, step: int, loss: float, lr: float, grad_norm: float) -> Report:
+        seconds, spent = time.perf_counter() - self.last_time, self.clock.read()
+        report = Report(
+            step=step,
+            steps=self.steps,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            crops_per_second=(step - self.last_step) * self.batch_size / seconds,
+            waiting=self.waiting.seconds / seconds,
+            wall_seconds=spent["wall"],
+            cpu_seconds=spent["cpu"],
+        )
+        self._restart(step)
+        return report
+
+
 class _Logged(Record):
     """What a resumed run needs of a line of `metrics.jsonl`."""
 
@@ -98,8 +146,7 @@ class MetricsLog:
         ]
         kept = [line for line, logged in read if logged.step <= start]
         self.losses = [logged.loss for _, logged in read if logged.step <= start]
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, report: Report) -> None:
         self.losses.append(report.loss)
@@ -149,11 +196,27 @@ def write_record(
         ),
         before=before,
     )
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(record.to_data(), indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(record.to_data(), indent=1) + "\n")
 
 
 def _hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def claim(path: Path, recipe: RunRecipe, *, kind: type[RunRecipe]) -> None:
+    """Writes the recipe of a run that begins, or checks that the run that is there is this recipe's.
+
+    Args:
+        path: The recipe in the run's folder, which is made.
+        recipe: Of the run.
+        kind: Of recipes that may be there.
+
+    Raises:
+        SpecError: When another recipe ran there.
+    """
+    # Read, not compared as text: a run from before a key existed has that key's default.
+    if path.is_file() and load_recipe(str(path), kind=kind).to_yaml() != recipe.to_yaml():
+        raise SpecError(f"{path}: another recipe ran here; choose another folder, or that recipe to go on with its run")
+    write_text(path, recipe.to_yaml())

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from medmim.heads.mae import MAEDecoder
 from medmim.spec import PartSpec
 from medmim_training.methods.masked import MaskedModelling
 
@@ -50,7 +49,6 @@ class MAE(MaskedModelling):
         }
         super().__init__(
             encoder,
-            MAEDecoder(**{**MAEDecoder.of_encoder(encoder), **args}),
             PartSpec(kind="mae", args=args),
             ratio=ratio,
             hiding=hiding,

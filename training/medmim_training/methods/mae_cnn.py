@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from medmim.heads.mae_cnn import MAECNNDecoder
 from medmim.spec import PartSpec
 from medmim_training.methods.masked import MaskedModelling
 
@@ -43,7 +42,6 @@ class MAECNN(MaskedModelling):
         args = {"unit": list(unit)}
         super().__init__(
             encoder,
-            MAECNNDecoder(**MAECNNDecoder.of_encoder(encoder), **args),
             PartSpec(kind="mae_cnn", args=args),
             ratio=ratio,
             hiding=hiding,

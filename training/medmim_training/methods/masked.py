@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from medmim.factory import decoder_class
 from medmim.layers.tokens import gather_patches, to_grid_size
 from medmim.reconstruction import Reconstruction
 from medmim.spec import PartSpec
@@ -27,8 +28,7 @@ class MaskedModelling(nn.Module):
 
     Args:
         encoder: The encoder.
-        decoder: A pretraining decoder for it.
-        decoder_spec: What builds that elsewhere.
+        decoder: Which pretraining decoder predicts for it, and the arguments that the encoder does not decide.
         ratio: Share of the units to hide, exactly `int(ratio * N)` of each sample.
         hiding: Other arguments of `Hiding`, such as {"rule": "block"}.
         target: One of `TARGETS`, what is predicted of a unit.
@@ -43,8 +43,7 @@ class MaskedModelling(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,
-        decoder: nn.Module,
-        decoder_spec: PartSpec,
+        decoder: PartSpec,
         *,
         ratio: float,
         hiding: Mapping[str, Any] | None,
@@ -52,8 +51,10 @@ class MaskedModelling(nn.Module):
         loss: str,
     ) -> None:
         super().__init__()
-        to_grid_size(encoder.img_size, decoder.unit)
-        self.encoder, self.decoder, self.decoder_spec = encoder, decoder, decoder_spec
+        cls = decoder_class(decoder.kind)
+        self.encoder, self.decoder_spec = encoder, decoder
+        self.decoder = cls(**{**cls.of_encoder(encoder), **decoder.args})
+        to_grid_size(encoder.img_size, self.decoder.unit)
         self.hiding = Hiding(ratio=ratio, **(hiding or {}))
         self.target = named_choice("target", target, TARGETS)
         self.loss = named_choice("loss", loss, LOSSES)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from medmim.heads.simmim import SimMIMDecoder
 from medmim.spec import PartSpec
 from medmim_training.methods.masked import MaskedModelling
 
@@ -48,7 +47,6 @@ class SimMIM(MaskedModelling):
         args = {"unit": list(unit or encoder.patch_size)}
         super().__init__(
             encoder,
-            SimMIMDecoder(**SimMIMDecoder.of_encoder(encoder), **args),
             PartSpec(kind="simmim", args=args),
             ratio=ratio,
             hiding=hiding,

@@ -19,7 +19,17 @@ from pydantic import Field, ValidationError, model_validator
 from medmim.errors import SpecError
 from medmim.limits import read_text
 from medmim.spec import Modality
-from medmim_training.recipe import RECIPE_BYTES, Positive, Recipe, RunRecipe, Section, explain, load_recipe, parse_yaml
+from medmim_training.recipe import (
+    RECIPE_BYTES,
+    Positive,
+    Recipe,
+    RunRecipe,
+    Section,
+    explain,
+    load_recipe,
+    packaged_folder,
+    parse_yaml,
+)
 from medmim_training.tasks.recipe import SegmentationRecipe
 
 SCRATCH = "scratch"
@@ -154,9 +164,8 @@ Run = PretrainingRun | FineTuningRun
 
 
 def experiment_folder() -> Path:
-    """Where the packaged experiments are: beside the package in a checkout, inside it in a wheel."""
-    inside = Path(__file__).parents[1] / "experiments"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "experiments"
+    """Where the packaged experiments are."""
+    return packaged_folder("experiments")
 
 
 def load_experiment(name: str) -> Experiment:

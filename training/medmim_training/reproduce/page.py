@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from medmim.files import atomic_write
+from medmim.files import atomic_write, write_text
 from medmim_training.reproduce.experiment import FineTuningRun, Table
 from medmim_training.reproduce.results import (
     Curve,
@@ -54,8 +54,7 @@ def write_report(runner: Runner, folder: Path) -> Path:
             figures.append(f"{name}-curves.png")
             draw_curves(rows, folder / figures[1])
         parts.append(_section(table, rows, figures))
-    with atomic_write(folder / PAGE) as path:
-        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(folder / PAGE, "\n\n".join(parts) + "\n")
     return folder / PAGE
 
 

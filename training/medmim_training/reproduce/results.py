@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import statistics
@@ -13,12 +12,13 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from medmim.files import atomic_write
+from medmim.files import write_csv
 from medmim.limits import CONFIG_BYTES, LIST_BYTES, read_json, read_text
 from medmim_training.engine import RECIPE_FILE
 from medmim_training.recipe import load_recipe
 from medmim_training.reproduce.experiment import FineTuningRun
-from medmim_training.reproduce.runner import Runner, cpu_seconds, evaluation_file
+from medmim_training.reproduce.runner import Runner, cpu_seconds
+from medmim_training.tasks.evaluation import means_file
 from medmim_training.tasks.loop import SPLIT_FILE, VALIDATION_FILE
 from medmim_training.tasks.recipe import SegmentationRecipe
 
@@ -70,7 +70,7 @@ def _result(runner: Runner, run: FineTuningRun) -> Result:
     lines = read_text(folder / VALIDATION_FILE, LIST_BYTES).splitlines()
     curve = tuple((each["step"], each["dice"]) for each in map(json.loads, lines))
     validation, test = (
-        read_json(evaluation_file(folder, side), CONFIG_BYTES)["results"]["mean"] for side in ("validation", "test")
+        read_json(means_file(folder, side), CONFIG_BYTES)["results"]["mean"] for side in ("validation", "test")
     )
     before, method = run.start, {}
     if before is not None:
@@ -115,10 +115,8 @@ def _number(value: float | None) -> float:
 def write_results(path: Path, results: Sequence[Result]) -> None:
     """Writes a CSV with a row a run; of the curve only its last Dice."""
     names = [field.name for field in fields(Result) if field.name != "curve"]
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*names, "final_curve_dice"])
-        writer.writerows([*(_cell(getattr(r, name)) for name in names), _cell(r.curve[-1][1])] for r in results)
+    rows = ([*(_cell(getattr(r, name)) for name in names), _cell(r.curve[-1][1])] for r in results)
+    write_csv(path, [*names, "final_curve_dice"], rows)
 
 
 def _cell(value: object) -> object:

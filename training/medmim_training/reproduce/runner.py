@@ -21,7 +21,7 @@ import torch
 
 from medmim.errors import MedmimError, SpecError
 from medmim.factory import save_pretrained
-from medmim.files import atomic_write
+from medmim.files import write_text
 from medmim.hub import CONFIG
 from medmim.limits import CONFIG_BYTES, LIST_BYTES, read_json, read_text
 from medmim.spec import VolumeSpec
@@ -46,12 +46,12 @@ from medmim_training.store.index import Store
 from medmim_training.store.prepare import prepare
 from medmim_training.store.sources import Source
 from medmim_training.tasks.cases import Split, find_cases, split_cases
-from medmim_training.tasks.evaluation import evaluate_run, write_evaluation
+from medmim_training.tasks.evaluation import Side, evaluate_run, means_file, write_evaluation
+from medmim_training.tasks.finetuning import finetune
 from medmim_training.tasks.recipe import SegmentationRecipe
-from medmim_training.tasks.segmentation import finetune
 
 MANIFEST, STORES = "manifest.json", "stores"
-SIDES = ("validation", "test")
+SIDES: tuple[Side, ...] = ("validation", "test")
 PROBLEM_LENGTH = 300  # characters; some libraries write pages
 TIMED_STEPS, UNTIMED_STEPS = 5, 2  # of a trial: the first ones pay for what later ones find ready
 
@@ -149,7 +149,7 @@ class Runner:
         """Whether all is there that a run leaves."""
         if isinstance(run, PretrainingRun):
             return (self.place(run) / ENCODER / CONFIG).is_file()
-        return all(evaluation_file(self.place(run), side).is_file() for side in SIDES)
+        return all(means_file(self.place(run), side).is_file() for side in SIDES)
 
     def overrides(self, run: Run) -> Overrides:
         """What a run's recipe is made with: its own overrides, and where data and encoder are here."""
@@ -183,8 +183,7 @@ class Runner:
             }
             for run in self.runs
         ]
-        with atomic_write(self.folder / MANIFEST) as path:
-            path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        write_text(self.folder / MANIFEST, json.dumps(entries, indent=1) + "\n")
 
     def _status(self, run: Run, running: Run | None) -> str:
         if self.is_done(run):
@@ -214,8 +213,8 @@ class Runner:
         shutil.rmtree(folder / CHECKPOINTS)  # several times the model, which stays
 
     def _store_folder(self, recipe: Recipe) -> Path:
-        spacing = recipe.volume.spacing or ("own",)
-        return self.folder / STORES / ("x".join(f"{step:g}" if step != "own" else step for step in spacing) + "mm")
+        spacing = recipe.volume.spacing
+        return self.folder / STORES / (("x".join(f"{step:g}" for step in spacing) if spacing else "own") + "mm")
 
     def _store(self, recipe: Recipe) -> Store:
         """The images of the training cases, and of no others: what validates and tests is not even seen unlabelled."""
@@ -238,18 +237,12 @@ class Runner:
         ours, theirs = (seconds_a_step(recipe) for recipe in recipes)
         steps = max(2, round(recipes[1].schedule.steps * theirs / ours))
         result = {"steps": steps, "seconds_a_step": ours, "seconds_a_step_of_the_other": theirs}
-        with atomic_write(self._steps_file(run)) as path:
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(self._steps_file(run), json.dumps(result, indent=1) + "\n")
 
 
 def _sentence(error: Exception) -> str:
     text = str(error) if isinstance(error, MedmimError) else f"{type(error).__name__}: {error}"
     return textwrap.shorten(text, PROBLEM_LENGTH, placeholder=" ...")
-
-
-def evaluation_file(folder: Path, side: str) -> Path:
-    """Where the means of a fine-tuning run are, of the cases of one side."""
-    return folder / f"{side}.json"
 
 
 def cpu_seconds(folder: Path) -> float:

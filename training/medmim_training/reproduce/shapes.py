@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from medmim.files import atomic_write
+from medmim.files import atomic_write, write_csv, write_text
 from medmim_training.tasks.cases import DATASET, IMAGES, LABELS, SPLITS
 
 CLASSES = ("background", "ball", "box")
@@ -36,12 +35,8 @@ def write_shapes(folder: str | Path, *, cases: int, tests: int, seed: int = 0) -
                 nib.Nifti1Image(array, np.eye(4)).to_filename(path)
         is_test = number >= cases - tests
         rows.append((name, number, number % FOLDS, "test" if is_test else "train"))
-    with atomic_write(folder / SPLITS) as path, open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("case", "subject_group", "fold", "split"))
-        writer.writerows(rows)
-    with atomic_write(folder / DATASET) as path:
-        path.write_text(json.dumps({"labels": dict(enumerate(CLASSES))}) + "\n", encoding="utf-8")
+    write_csv(folder / SPLITS, ("case", "subject_group", "fold", "split"), rows)
+    write_text(folder / DATASET, json.dumps({"labels": dict(enumerate(CLASSES))}) + "\n")
 
 
 def draw_shapes(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from einops import rearrange
 from pydantic import Field
 
 from medmim.errors import SpecError
-from medmim.files import atomic_write
+from medmim.files import atomic_write, write_text
 from medmim.intensity import IntensityMap, intensity_map
 from medmim.limits import CONFIG_BYTES, LIST_BYTES, VOXELS, parse_json, read_json, read_text
 from medmim.spec import Modality, Record, Size, Spacing, VolumeSpec
@@ -142,8 +142,7 @@ def read_store_spec(folder: Path) -> VolumeSpec:
 
 def write_store_spec(folder: Path, volume: VolumeSpec) -> None:
     """Writes `store.json`."""
-    with atomic_write(folder / STORE_FILE) as path:
-        path.write_text(json.dumps({"volume": volume.to_data()}, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / STORE_FILE, json.dumps({"volume": volume.to_data()}, indent=1) + "\n")
 
 
 def read_index(folder: Path) -> list[StoreEntry]:

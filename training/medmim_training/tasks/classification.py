@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 
 from medmim.errors import SpecError
 from medmim.factory import create_model
+from medmim.files import write_csv
 from medmim.heads.segmenter import Segmenter
 from medmim.inference import evaluating
 from medmim.tasks import name_classes
 from medmim.transforms import create_transform
-from medmim_training.record import Report
 from medmim_training.tasks import loop
 from medmim_training.tasks.cases import Split
 from medmim_training.tasks.crops import ChangedVolumes
@@ -36,30 +35,6 @@ class Validation(ClassScores, loop.Validation):
     @property
     def quality(self) -> float:
         return self.auc
-
-
-def finetune(
-    recipe: ClassificationRecipe,
-    folder: str | Path,
-    *,
-    watch: Callable[[Report], None] = lambda report: None,
-    watch_validation: Callable[[Validation], None] = lambda validation: None,
-) -> nn.Module:
-    """Fine-tunes a classifier, or goes on, and writes everything to `folder`.
-
-    Args:
-        recipe: What to do.
-        folder: See `loop.Run`, as the errors; `scores.csv` has the class of each validation case and the probabilities.
-        watch: See `loop.Run.train`, as the errors.
-        watch_validation: Likewise.
-
-    Returns:
-        The model that was best in validation, in evaluation mode.
-
-    Raises:
-        SpecError: For data, splits or settings that cannot be used.
-    """
-    return loop.Run(ClassificationTask(recipe), folder).train(watch, watch_validation)
 
 
 def build_classifier(recipe: ClassificationRecipe, classes: Sequence[str]) -> nn.Module:
@@ -139,8 +114,8 @@ class ClassificationTask(loop.Task):
             yield torch.stack(self.validation[start : start + self.recipe.batch_size]).to(device)
 
     def write_scores(self, path: Path, scores: list[tuple]) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("case", "label", *self.classes))
-            for name, label, *probabilities in scores:
-                writer.writerow((name, self.classes[label], *(f"{each:.6g}" for each in probabilities)))
+        rows = (
+            (name, self.classes[label], *(f"{each:.6g}" for each in probabilities))
+            for name, label, *probabilities in scores
+        )
+        write_csv(path, ("case", "label", *self.classes), rows)

@@ -17,7 +17,7 @@ import torch
 
 from medmim.errors import ScanError, SpecError
 from medmim.factory import from_pretrained
-from medmim.files import atomic_write
+from medmim.files import write_text
 from medmim.heads.segmenter import Segmenter
 from medmim.segmentation import segment, segmented_classes
 from medmim.spec import Modality
@@ -128,13 +128,16 @@ def means_of(scores: Sequence[Score]) -> dict[str, dict[str, Mean]]:
     }
 
 
+def means_file(folder: Path, side: Side) -> Path:
+    """Where `write_evaluation` writes the means."""
+    return folder / f"{side}.json"
+
+
 def write_evaluation(folder: Path, scores: Sequence[Score], side: Side) -> tuple[Path, Path]:
     """Writes `SIDE.csv`, a row a case and class, and `SIDE.json`, the means and their protocol; gives both paths."""
-    table, means = folder / f"{side}.csv", folder / f"{side}.json"
-    with atomic_write(table) as path:
-        write_scores(path, scores)
-    with atomic_write(means) as path:
-        path.write_text(json.dumps(_as_data(scores, side), indent=1) + "\n", encoding="utf-8")
+    table, means = folder / f"{side}.csv", means_file(folder, side)
+    write_scores(table, scores)
+    write_text(means, json.dumps(_as_data(scores, side), indent=1) + "\n")
     return table, means
 
 

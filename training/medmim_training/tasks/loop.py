@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
@@ -18,18 +17,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from medmim.errors import SpecError
 from medmim.factory import save_pretrained
-from medmim.files import atomic_write
+from medmim.files import write_text
 from medmim_training.checkpoint import BEST, load_latest, save_checkpoint
 from medmim_training.engine import CHECKPOINTS, METRICS_FILE, PICTURES, PRIME, RECIPE_FILE, NonFiniteLossError
+from medmim_training.loading import batches
 from medmim_training.optimization import create_optimizer, create_schedule
 from medmim_training.precision import resolve_precision
 from medmim_training.preemption import Preempted, stop_requests
-from medmim_training.recipe import load_recipe
-from medmim_training.record import Clock, MetricsLog, Report
+from medmim_training.record import Clock, Meter, MetricsLog, Report, claim
 from medmim_training.tasks.cases import Case, Split, choose, split_cases
 from medmim_training.tasks.recipe import FineTuneRecipe
 
@@ -124,7 +123,9 @@ class Run:
             raise SpecError("fine-tuning runs in one process; start it without a launcher")
         if self.model.spec.volume is None:
             raise SpecError(f"{recipe.name}: a model from scratch has no preprocessing; give volume= in the recipe")
-        self._claim()
+        claim(self.folder / RECIPE_FILE, recipe, kind=FineTuneRecipe)
+        sides = {side.name: [case.name for case in getattr(task.split, side.name)] for side in fields(Split)}
+        write_text(self.folder / SPLIT_FILE, json.dumps(sides, indent=1) + "\n")
         task.load()
 
         self._choose_trained(encoder=not recipe.frozen)
@@ -136,18 +137,6 @@ class Run:
         self.metrics = MetricsLog(self.folder / METRICS_FILE, self.start)
 
     # --- construction -------------------------------------------------------------------------------------------------
-
-    def _claim(self) -> None:
-        """Makes the run's folder, or checks that the run in it is this recipe's."""
-        path, text = self.folder / RECIPE_FILE, self.recipe.to_yaml()
-        # Read, not compared as text: a run from before a key existed has that key's default.
-        if path.is_file() and load_recipe(str(path), kind=FineTuneRecipe).to_yaml() != text:
-            raise SpecError(
-                f"{path}: another recipe ran here; choose another folder, or that recipe to go on with its run"
-            )
-        sides = {side.name: [case.name for case in getattr(self.task.split, side.name)] for side in fields(Split)}
-        _write(path, text)
-        _write(self.folder / SPLIT_FILE, json.dumps(sides, indent=1) + "\n")
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> None:
         checkpoint = load_latest(self.folder / CHECKPOINTS)
@@ -180,19 +169,19 @@ class Run:
             Preempted: After SIGTERM; the run has saved itself.
         """
         every, steps = self.recipe.output, self.recipe.schedule.steps
-        batches, waited, since = self._batches(), 0.0, (self.start, time.perf_counter())
+        drawn = self._batches()
+        meter = Meter(self.start, steps=steps, batch_size=self.recipe.batch_size, clock=self.clock)
         with stop_requests() as stop:
             for done in range(self.start + 1, steps + 1):
-                before = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - before
+                with meter.waiting:
+                    batch = next(drawn)
                 loss, grad_norm = self._step(batch, done)
                 finished, stopped = done == steps, stop.is_set()
                 if finished or stopped or done % every.log_every == 0:
-                    report = self._report(done, loss, grad_norm, waited, since)
+                    lr = max(group["lr"] for group in self.optimizer.param_groups)
+                    report = meter.report(done, loss, lr, grad_norm)
                     self.metrics.write(report)
                     watch(report)
-                    waited, since = 0.0, (done, time.perf_counter())
                 if finished or done % every.checkpoint_every == 0:
                     watch_validation(self._validate_and_save(done))
                 elif stopped:  # in the seconds that are left
@@ -202,18 +191,10 @@ class Run:
         return self._finish()
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        workers, batch_size = self.recipe.crops.workers, self.recipe.batch_size
-        samples = self.task.samples(self.recipe.schedule.steps * batch_size)
-        loader = DataLoader(
-            samples,
-            batch_size=batch_size,
-            sampler=range(self.start * batch_size, len(samples)),
-            num_workers=workers,
-            # Forking a process in which torch's threads run can hang.
-            multiprocessing_context="spawn" if workers else None,
-        )
-        for batch in loader:
-            yield {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        size, workers, device = self.recipe.batch_size, self.recipe.crops.workers, self.accelerator.device
+        samples = self.task.samples(self.recipe.schedule.steps * size)
+        order = range(self.start * size, len(samples))
+        return batches(samples, order, size=size, workers=workers, device=device)
 
     def _step(self, batch: dict[str, Tensor], done: int) -> tuple[float, float]:
         """One optimizer step: the loss, and the norm of the gradient before it was clipped."""
@@ -236,20 +217,6 @@ class Run:
         for part in self.task.head:
             part.train().requires_grad_(True)
 
-    def _report(self, done: int, loss: float, grad_norm: float, waited: float, since: tuple[int, float]) -> Report:
-        seconds, spent = time.perf_counter() - since[1], self.clock.read()
-        return Report(
-            step=done,
-            steps=self.recipe.schedule.steps,
-            loss=loss,
-            lr=max(group["lr"] for group in self.optimizer.param_groups),
-            grad_norm=grad_norm,
-            crops_per_second=(done - since[0]) * self.recipe.batch_size / seconds,
-            waiting=waited / seconds,
-            wall_seconds=spent["wall"],
-            cpu_seconds=spent["cpu"],
-        )
-
     # --- validation ---------------------------------------------------------------------------------------------------
 
     def _validate_and_save(self, done: int) -> Validation:
@@ -258,7 +225,7 @@ class Run:
         self.validations.append(asdict(validation))
         is_best, self.best = validation.quality > self.best, max(validation.quality, self.best)
         self._save(done, scores=scores, is_best=is_best)
-        _write(self.folder / VALIDATION_FILE, "".join(json.dumps(each) + "\n" for each in self.validations))
+        write_text(self.folder / VALIDATION_FILE, "".join(json.dumps(each) + "\n" for each in self.validations))
         return validation
 
     def _save(self, done: int, *, scores: list[tuple], is_best: bool) -> None:
@@ -276,15 +243,9 @@ class Run:
     def _finish(self) -> nn.Module:
         """Writes the best model and how it does on each case."""
         best = torch.load(self.folder / CHECKPOINTS / BEST, map_location="cpu", weights_only=True)
-        with atomic_write(self.folder / SCORES_FILE) as temporary:
-            self.task.write_scores(temporary, best["scores"])
+        self.task.write_scores(self.folder / SCORES_FILE, best["scores"])
         model: nn.Module = self.accelerator.unwrap_model(self.trained, keep_fp32_wrapper=False)
         model.load_state_dict(best["method"])
         model.requires_grad_(True)
         save_pretrained(model, self.folder / MODEL)
         return model.eval()
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -124,15 +124,16 @@ def score_classes(truth: np.ndarray, probabilities: np.ndarray, *, seed: int = 0
     """
     draws = np.random.default_rng(seed).integers(len(truth), size=(RESAMPLES, len(truth)))
     scores = {}
-    for name, metric in {"auc": _auc, "balanced_accuracy": _balanced_accuracy, "accuracy": _accuracy}.items():
+    metrics = {"auc": area_under_curve, "balanced_accuracy": _balanced_accuracy, "accuracy": _accuracy}
+    for name, metric in metrics.items():
         resampled = metric(truth[draws], probabilities[draws])
         low, high = np.nanpercentile(resampled, (2.5, 97.5))  # NaN where only one class was drawn
         scores |= {name: float(metric(truth, probabilities)), f"{name}_interval": (float(low), float(high))}
     return ClassScores(**scores)
 
 
-def _auc(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """From ranks (Mann and Whitney), for (..., n) and (..., n, K) at once: (...,)."""
+def area_under_curve(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """The `auc` of `ClassScores`, from ranks (Mann and Whitney), for (..., n) and (..., n, K) at once: (...,)."""
 
     def of_class(label: int) -> np.ndarray:
         inside = truth == label

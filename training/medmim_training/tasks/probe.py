@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -21,17 +20,17 @@ from torch import nn
 
 from medmim.errors import SpecError
 from medmim.factory import create_model
-from medmim.files import atomic_write
+from medmim.files import atomic_write, write_csv, write_text
 from medmim.heads.segmenter import Segmenter
 from medmim.inference import evaluating
 from medmim.registry import is_model, model_info
 from medmim.spec import VolumeSpec
 from medmim.tasks import encoder_of
-from medmim.transforms import create_transform
+from medmim.transforms import VolumeTransform, create_transform
 from medmim_training.tasks.cases import Case, split_cases
 from medmim_training.tasks.classification import check_classes
 from medmim_training.tasks.labelled import find_labelled
-from medmim_training.tasks.metrics import ClassScores, score_classes
+from medmim_training.tasks.metrics import ClassScores, area_under_curve, score_classes
 from medmim_training.tasks.recipe import ProbeRecipe
 
 NEIGHBOURS = (5, 20)
@@ -93,13 +92,17 @@ def probe(
     if test and len({case.label for case in split.test}) < 2:
         raise SpecError(f"{recipe.data}: its test cases are not of two classes")
     encoder, total, done = _encoder(recipe), sum(map(len, sides.values())), 0
+    transform = create_transform(encoder, modality=recipe.modality, volume=_preprocessing(encoder, recipe))
+    fingerprint = _fingerprint(encoder, [transform.spec.to_data(), transform.img_size, recipe.modality])
     features = {}
     for side, chosen in sides.items():
         features[side] = _features(
             encoder,
+            transform,
             chosen,
-            recipe,
             folder / f"{side}.safetensors",
+            _key(fingerprint, chosen),
+            recipe.batch_size,
             lambda more, start=done: progress(start + more, total),
         )
         done += len(chosen)
@@ -130,7 +133,7 @@ def _best_regression(features: dict[str, np.ndarray], labels: dict[str, np.ndarr
         return make_pipeline(StandardScaler(), regression).fit(features["training"], labels["training"])
 
     def quality(strength: float) -> float:
-        return score_classes(labels["validation"], candidates[strength].predict_proba(features["validation"])).auc
+        return float(area_under_curve(labels["validation"], candidates[strength].predict_proba(features["validation"])))
 
     candidates = {strength: fitted(strength) for strength in STRENGTHS}
     best = max(STRENGTHS, key=quality)
@@ -150,19 +153,23 @@ def _encoder(recipe: ProbeRecipe) -> nn.Module:
 
 
 def _features(
-    encoder: nn.Module, cases: Sequence[Case], recipe: ProbeRecipe, path: Path, progress: Callable[[int], None]
+    encoder: nn.Module,
+    transform: VolumeTransform,
+    cases: Sequence[Case],
+    path: Path,
+    key: str,
+    batch_size: int,
+    progress: Callable[[int], None],
 ) -> np.ndarray:
     """The pooled features of some cases, (n, C); from `path` when they are there."""
-    transform = create_transform(encoder, modality=recipe.modality, volume=_preprocessing(encoder, recipe))
-    key = _fingerprint(encoder, cases, [transform.spec.to_data(), transform.img_size, recipe.modality])
     known = _read(path, key)
     if known is not None:
         progress(len(cases))
         return known
     parameter, rows = next(encoder.parameters()), []
     with evaluating(encoder), torch.inference_mode():
-        for start in range(0, len(cases), recipe.batch_size):
-            batch = cases[start : start + recipe.batch_size]
+        for start in range(0, len(cases), batch_size):
+            batch = cases[start : start + batch_size]
             x = torch.stack([transform(case.image).as_tensor() for case in batch])
             rows.append(encoder(x.to(parameter)).float().cpu())
             progress(start + len(batch))
@@ -182,11 +189,17 @@ def _preprocessing(encoder: nn.Module, recipe: ProbeRecipe) -> VolumeSpec:
     return volume
 
 
-def _fingerprint(encoder: nn.Module, cases: Sequence[Case], settings: list) -> str:
-    """What features depend on, in short: weights, preprocessing and voxels."""
+def _fingerprint(encoder: nn.Module, settings: list) -> bytes:
+    """What the features of all cases depend on, in short: preprocessing and weights."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _key(fingerprint: bytes, cases: Sequence[Case]) -> str:
+    """What the features of some cases depend on, in short."""
+    digest = hashlib.sha256(fingerprint)
     for case in cases:
         if isinstance(case.image, np.ndarray):
             what = np.ascontiguousarray(case.image).tobytes()
@@ -208,15 +221,11 @@ def _read(path: Path, key: str) -> np.ndarray | None:
 
 def _write(folder: Path, results: list[ProbeResult]) -> None:
     data = [result.to_data() for result in results]
-    with atomic_write(folder / f"{RESULTS}.json") as temporary:
-        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    with (
-        atomic_write(folder / f"{RESULTS}.csv") as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(("probe", "setting", "side", "cases", "metric", "value", "low", "high"))
-        for each in data:
-            for metric in ("auc", "balanced_accuracy", "accuracy"):
-                numbers = (f"{value:.6g}" for value in (each[metric], *each[f"{metric}_interval"]))
-                writer.writerow((each["probe"], each["setting"], each["side"], each["cases"], metric, *numbers))
+    write_text(folder / f"{RESULTS}.json", json.dumps(data, indent=1) + "\n")
+    rows = (
+        (each["probe"], each["setting"], each["side"], each["cases"], metric, *(f"{value:.6g}" for value in numbers))
+        for each in data
+        for metric in ("auc", "balanced_accuracy", "accuracy")
+        for numbers in [(each[metric], *each[f"{metric}_interval"])]
+    )
+    write_csv(folder / f"{RESULTS}.csv", ("probe", "setting", "side", "cases", "metric", "value", "low", "high"), rows)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -11,12 +9,12 @@ import torch
 from monai.losses import DiceCELoss
 from torch import Tensor
 
+from medmim.files import write_csv
 from medmim.heads.segmenter import Segmenter
 from medmim.pictures import segmentation_picture
 from medmim.segmentation import predict_labels
 from medmim.tasks import create_segmenter
 from medmim.transforms import VolumeTransform
-from medmim_training.record import Report
 from medmim_training.tasks import loop
 from medmim_training.tasks.cases import LoadedCase, find_cases, find_classes, load_case, pad_around
 from medmim_training.tasks.crops import LabelledCrops
@@ -52,30 +50,6 @@ class Validation(loop.Validation):
     def __str__(self) -> str:
         low, high = self.dice_interval
         return f"Dice {self.dice:.4f} ({low:.4f} to {high:.4f}), HD95 {self.hd95:.2f} mm"
-
-
-def finetune(
-    recipe: SegmentationRecipe,
-    folder: str | Path,
-    *,
-    watch: Callable[[Report], None] = lambda report: None,
-    watch_validation: Callable[[Validation], None] = lambda validation: None,
-) -> Segmenter:
-    """Fine-tunes a segmenter, or goes on, and writes everything to `folder`.
-
-    Args:
-        recipe: What to do.
-        folder: See `loop.Run`, as the errors; `scores.csv` has a row a class and validation case.
-        watch: See `loop.Run.train`, as the errors.
-        watch_validation: Likewise.
-
-    Returns:
-        The model that was best in validation, in evaluation mode.
-
-    Raises:
-        SpecError: For data, splits or settings that cannot be used.
-    """
-    return loop.Run(SegmentationTask(recipe), folder).train(watch, watch_validation)
 
 
 def build_segmenter(recipe: SegmentationRecipe) -> Segmenter:
@@ -148,7 +122,5 @@ class SegmentationTask(loop.Task):
 
 def write_scores(path: Path, scores: list[Score]) -> None:
     """Writes a CSV with a row a case and class."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(field.name for field in fields(Score))
-        writer.writerows((s.case, s.label, f"{s.dice:.6g}", f"{s.hd95:.6g}") for s in scores)
+    rows = ((s.case, s.label, f"{s.dice:.6g}", f"{s.hd95:.6g}") for s in scores)
+    write_csv(path, (field.name for field in fields(Score)), rows)
