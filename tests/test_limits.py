@@ -321,6 +321,16 @@ def test_an_array_that_holds_code_is_not_opened(tmp_path, monkeypatch):
         open_array(tmp_path / "code.b2nd", (1, *SHAPE))
 
 
+def test_numbers_that_read_like_code_are_numbers(tmp_path):
+    noise = bytearray(np.random.default_rng(0).bytes(2 * 16**3))  # nothing to compress, so it is stored as it is
+    noise[100:104] = b"\xa3b2o"
+    array = np.frombuffer(noise, np.int16).reshape(1, 16, 16, 16)
+    write_array(tmp_path, "a", array)
+    path = tmp_path / "volumes" / "a.b2nd"
+    assert b"\xa3b2o" in path.read_bytes()
+    assert np.array_equal(open_array(path, array.shape)[:], array)
+
+
 def test_a_compressed_checkpoint_is_not_unpacked(tmp_path):
     state = {"step": 1, "best": 0.0, "spent": {}, "method": {}, "optimizer": {}}
     save_checkpoint(tmp_path, 1, state, keep=1, best=False)

@@ -22,7 +22,9 @@ from medmim.spec import Modality, Record, Size, Spacing, VolumeSpec
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 BLOCK = 16  # side of what the index says of where the foreground is
 
-HEADER_BYTES = 100_000  # of an array file, in which it says what it is
+HEADER_BYTES = 100_000  # at most, of an array file
+# As msgpack has the names of what blosc2 writes into the header of a file that holds something else than an array.
+OTHER_KINDS = (b"\xa9LazyArray", b"\xacproxy-source", b"\xa3b2o")
 
 STORE_FILE, INDEX_FILE, PROBLEMS_FILE, VOLUMES = "store.json", "index.jsonl", "problems.jsonl", "volumes"
 
@@ -186,9 +188,11 @@ def open_array(path: Path, shape: tuple[int, ...]) -> blosc2.NDArray:
     """
     try:
         with open(path, "rb") as file:
-            header = file.read(HEADER_BYTES)
+            start = file.read(HEADER_BYTES)
+        # Behind the header there are numbers, in which anything may be read.
+        header = start[: int.from_bytes(start[11:15], "big")]
         # Some versions of blosc2 run the code that such a file may hold when it is opened.
-        if any(kind in header for kind in (b"LazyArray", b"proxy-source", b"b2o")):
+        if len(header) == HEADER_BYTES or any(kind in header for kind in OTHER_KINDS):
             raise ValueError("it holds something else than numbers")
         # Starting threads takes longer than they would save; readers are processes.
         array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
