@@ -106,6 +106,17 @@ def test_layer_decay_covers_all_parameters_once_and_the_decoder_learns_at_the_fu
 
 
 @pytest.mark.parametrize(("name", "decoder"), ONE_OF_EACH)
+def test_a_new_decoder_expects_background_nearly_everywhere(name, decoder):
+    with torch.no_grad():
+        model = tiny_segmenter(name, decoder)
+        # Where the features say nothing.
+        for parameter in list(model.decoder.parameters())[:-1]:
+            parameter.zero_()
+        shares = model(volumes(model)).softmax(1).mean((0, 2, 3, 4))
+    assert shares.tolist() == pytest.approx([0.99, 0.005, 0.005])
+
+
+@pytest.mark.parametrize(("name", "decoder"), ONE_OF_EACH)
 def test_sizes_that_round_up_and_other_input_sizes(name, decoder):
     model = tiny_segmenter(name, decoder).eval()
     size = tuple(patch * grid for patch, grid in zip(model.patch_size, (5, 3, 7), strict=True))

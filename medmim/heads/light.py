@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from medmim.heads.scores import expect_background
 from medmim.layers.convolution import init_convolutional
 from medmim.layers.upsampling import upsampling_strides
 
@@ -34,6 +35,7 @@ class LightDecoder(nn.Module):
         self.steps = nn.Sequential(*steps)
         self.to_classes = nn.Conv3d(widths[-1] if widths else encoder.num_features, num_classes, kernel_size=1)
         self.apply(init_convolutional)
+        expect_background(self.to_classes)
 
     def forward(self, x: Tensor, maps: list[Tensor]) -> Tensor:
         """Scores (B, K, D, H, W) from the last map (B, C, d, h, w); of the volume `x` only the size is used."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medmim.heads.scores import expect_background
+
 
 class LinearDecoder(nn.Module):
     """Class scores of each position of the last map, interpolated to voxels: what the features hold, and no more.
@@ -22,7 +24,7 @@ class LinearDecoder(nn.Module):
         self.reduction = encoder.feature_info[-1]["reduction"]
         self.to_classes = nn.Conv3d(encoder.num_features, num_classes, kernel_size=1)
         nn.init.trunc_normal_(self.to_classes.weight, std=0.02)
-        nn.init.zeros_(self.to_classes.bias)
+        expect_background(self.to_classes)
 
     def forward(self, x: Tensor, maps: list[Tensor]) -> Tensor:
         """Scores (B, K, D, H, W) from the last map (B, C, d, h, w); of the volume `x` only the size is used."""

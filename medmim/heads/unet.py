@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from medmim.heads.scores import expect_background
 from medmim.layers.convolution import ConvNorm, init_convolutional, leaky_relu_
 from medmim.layers.tokens import Size
 
@@ -100,6 +101,7 @@ class UNetSegmentationDecoder(nn.Module):
             self.stem.apply(init_convolutional)
             channels, reductions = [width, *channels], [(1, 1, 1), *reductions]
         self.unet = UNetDecoder(channels, reductions, out_channels=num_classes)
+        expect_background(self.unet.to_voxels)
 
     def forward(self, x: Tensor, maps: list[Tensor]) -> Tensor:
         """Scores (B, K, D, H, W) from the volume (B, in_chans, D, H, W) and all maps, fine to coarse."""

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetResBlock, UnetrUpBlock
 from torch import Tensor, nn
 
+from medmim.heads.scores import expect_background
 from medmim.layers.tokens import Size
 from medmim.layers.upsampling import upsampling_strides
 
@@ -58,6 +59,7 @@ class UNETRDecoder(nn.Module):
             for below, width, stride in zip((encoder.num_features, *widths), widths, strides, strict=False)
         )
         self.to_classes = UnetOutBlock(3, feature_size, num_classes)
+        expect_background(self.to_classes.conv.conv)
 
     def forward(self, x: Tensor, maps: list[Tensor]) -> Tensor:
         """Scores (B, K, D, H, W) from the volume (B, in_chans, D, H, W), hidden states and output (B, C, d, h, w)."""

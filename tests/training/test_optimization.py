@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import medmim
 from fakes import TINY
 from medmim_training.engine import build_method
 from medmim_training.optimization import create_optimizer, create_schedule
@@ -53,6 +54,23 @@ def test_only_matrices_decay(recipe, name, method, kept, layer_decay):
     for key, weight in built.named_parameters():
         spared = weight.ndim <= 1 or any(key.endswith(each) for each in kept)
         assert decay[key] == (0 if spared else recipe.optimizer.weight_decay), key
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_the_head_has_a_rate_of_its_own(recipe, layer_decay):
+    settings = with_optimizer(recipe, lr=1.0, layer_decay=layer_decay).optimizer
+    model = medmim.create_segmenter("vit_t_mae3d", "unetr", num_classes=3, **TINY["vit"])
+    alike, scaled = (
+        create_optimizer(model, settings, head=(model.decoder,), head_scale=scale).param_groups for scale in (1.0, 4.0)
+    )
+    alike, scaled = (
+        {id(weight): group.get("lr_scale", 1.0) for group in groups for weight in group["params"]}
+        for groups in (alike, scaled)
+    )
+    head = {id(weight) for weight in model.decoder.parameters()}
+    assert alike.keys() == scaled.keys() == {id(weight) for weight in model.parameters()}
+    assert {scaled[weight] for weight in head} == {4.0}
+    assert all(scaled[weight] == rate for weight, rate in alike.items() if weight not in head)
 
 
 def test_sgd_takes_its_momentum_and_looks_ahead(recipe):
