@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-import medmim
 from fakes import TINY
+from medmim.errors import SpecError
 from medmim_training.engine import build_method
 from medmim_training.optimization import create_optimizer, create_schedule
 from medmim_training.recipe import Recipe
@@ -57,20 +59,22 @@ def test_only_matrices_decay(recipe, name, method, kept, layer_decay):
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
-def test_the_head_has_a_rate_of_its_own(recipe, layer_decay):
-    settings = with_optimizer(recipe, lr=1.0, layer_decay=layer_decay).optimizer
-    model = medmim.create_segmenter("vit_t_mae3d", "unetr", num_classes=3, **TINY["vit"])
-    alike, scaled = (
-        create_optimizer(model, settings, head=(model.decoder,), head_scale=scale).param_groups for scale in (1.0, 4.0)
+def test_parts_have_rates_of_their_own(recipe, layer_decay):
+    parts = {"decoder": 4.0, "encoder.patch_embed": 0.25, "encoder.blocks.1": 3.0}
+    plain, scaled = (
+        rates(with_optimizer(recipe, lr=1.0, layer_decay=layer_decay, lr_scale=scales), step=4)[1:]
+        for scales in ({}, parts)
     )
-    alike, scaled = (
-        {id(weight): group.get("lr_scale", 1.0) for group in groups for weight in group["params"]}
-        for groups in (alike, scaled)
-    )
-    head = {id(weight) for weight in model.decoder.parameters()}
-    assert alike.keys() == scaled.keys() == {id(weight) for weight in model.parameters()}
-    assert {scaled[weight] for weight in head} == {4.0}
-    assert all(scaled[weight] == rate for weight, rate in alike.items() if weight not in head)
+    assert scaled[1] == plain[1]  # decay
+    for name, rate in scaled[0].items():
+        factors = [factor for part, factor in parts.items() if name.startswith(f"{part}.")]
+        assert rate == pytest.approx(plain[0][name] * math.prod(factors)), name
+
+
+def test_a_part_that_does_not_exist_is_refused(recipe):
+    settings = with_optimizer(recipe, lr_scale={"encoder.patch": 2.0}).optimizer
+    with pytest.raises(SpecError, match=r"no weight is in 'encoder.patch'; there are encoder, decoder"):
+        create_optimizer(build_method(recipe), settings)
 
 
 def test_sgd_takes_its_momentum_and_looks_ahead(recipe):

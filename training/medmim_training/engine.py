@@ -34,6 +34,7 @@ from medmim_training.record import Clock, Meter, MetricsLog, Report, claim, writ
 from medmim_training.sharding import load_whole, repeated_parts, shard, whole
 from medmim_training.store.crops import CropDataset
 from medmim_training.store.index import Store
+from medmim_training.widening import widen_decoder, widen_encoder
 
 RECIPE_FILE, METRICS_FILE, RECORD_FILE = "recipe.yaml", "metrics.jsonl", "record.json"
 CHECKPOINTS, PICTURES, TRACKER = "checkpoints", "pictures", "curves"
@@ -60,15 +61,20 @@ def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | No
     """
     if recipe.model.weights is None:
         return None
+    widen, seed = recipe.model.widen, recipe.seed
     encoder = create_model(recipe.model.weights, pretrained=True, **recipe.model.args)
-    if encoder.spec.architecture != recipe.model.name:
+    if encoder.spec.architecture != recipe.model.name and not widen:
         raise SpecError(f"model.weights are of {encoder.spec.architecture}, but model.name is {recipe.model.name}")
-    method.encoder.load_state_dict(encoder.state_dict())
+    state = widen_encoder(encoder, method.encoder, seed=seed) if widen else encoder.state_dict()
+    method.encoder.load_state_dict(state)
     weights = encoder.spec.weights
     if weights is None:
         return None
     if method.decoder_spec is not None and weights.decoder_spec == method.decoder_spec:
-        method.decoder.load_state_dict(create_decoder(encoder).state_dict())
+        state = create_decoder(encoder).state_dict()
+        if widen:
+            state = widen_decoder(state, method.encoder.num_features // encoder.num_features, seed=seed)
+        method.decoder.load_state_dict(state)
     return weights.training
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,21 +17,12 @@ from medmim_training.recipe import OptimizerSection, ScheduleSection
 NNUNET_POWER = 0.9  # of the polynomial (Isensee et al. 2021)
 
 
-def create_optimizer(
-    method: nn.Module, settings: OptimizerSection, *, head: Sequence[nn.Module] = (), head_scale: float = 1.0
-) -> torch.optim.Optimizer:
+def create_optimizer(method: nn.Module, settings: OptimizerSection) -> torch.optim.Optimizer:
     """The optimizer over all weights of a method, a segmenter or a classifier; those that are frozen are left out.
 
-    Args:
-        method: What is trained.
-        settings: Of the recipe.
-        head: Parts of it that have a rate of their own.
-        head_scale: That rate, as a multiple of the others'.
-
     Raises:
-        SpecError: For an optimizer that does not exist, or one that refuses its arguments.
+        SpecError: For an optimizer that does not exist, one that refuses its arguments, or a part without weights.
     """
-    groups = partial(_groups, settings=settings, head=head, head_scale=head_scale)
     # timm hands on what the optimizer's constructor takes; only torch's own have fused kernels.
     extra = {"fused": True} if settings.name in ("adam", "adamw") else {}
     try:
@@ -43,28 +33,35 @@ def create_optimizer(
             weight_decay=settings.weight_decay,
             momentum=settings.momentum,
             betas=settings.betas,
-            param_group_fn=groups if settings.layer_decay or head_scale != 1 else None,
+            param_group_fn=partial(_groups, settings=settings) if settings.layer_decay or settings.lr_scale else None,
             **extra,
         )
     except (ValueError, TypeError) as error:
         raise SpecError(f"optimizer: {error}; timm.optim.list_optimizers() has the names") from error
 
 
-def _groups(
-    method: nn.Module, *, settings: OptimizerSection, head: Sequence[nn.Module], head_scale: float
-) -> list[dict[str, Any]]:
+def _groups(method: nn.Module, *, settings: OptimizerSection) -> list[dict[str, Any]]:
     if settings.layer_decay:
         groups = _by_layer(method, settings)
     else:
         groups = param_groups_weight_decay(method, settings.weight_decay, no_weight_decay_list=method.no_weight_decay())
-    if head_scale == 1:
-        return groups
-    of_head = {id(weight) for part in head for weight in part.parameters()}
+    for part, scale in settings.lr_scale.items():
+        groups = _scaled(groups, method, part, scale)
+    return groups
+
+
+def _scaled(groups: list[dict[str, Any]], method: nn.Module, part: str, scale: float) -> list[dict[str, Any]]:
+    """The same groups, those that a part has weights in split in two."""
+    inside = {id(weight) for name, weight in method.named_parameters() if f"{name}.".startswith(f"{part}.")}
+    if not inside:
+        parts = ", ".join(name for name, child in method.named_children() if any(True for _ in child.parameters()))
+        raise SpecError(f"optimizer.lr_scale: no weight is in {part!r}; there are {parts}, and parts of them")
     split = []
     for group in groups:
-        new = [weight for weight in group["params"] if id(weight) in of_head]
-        old = [weight for weight in group["params"] if id(weight) not in of_head]
-        split += [{**group, "params": old}, {**group, "params": new, "lr_scale": head_scale}]
+        for chosen in (False, True):
+            weights = [weight for weight in group["params"] if (id(weight) in inside) is chosen]
+            factor = group.get("lr_scale", 1.0) * (scale if chosen else 1.0)
+            split.append({**group, "params": weights, "lr_scale": factor})
     return [group for group in split if group["params"]]
 
 

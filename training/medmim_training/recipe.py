@@ -33,11 +33,13 @@ class ModelSection(Section):
     Attributes:
         weights: What training starts from, as `create_model` takes it: "local-dir:FOLDER", "hf-hub:org/name", a name
             with weights. Its decoder is taken over too, where it has the same. None starts anew.
+        widen: Those weights are of a narrower transformer (see `widening`).
     """
 
     name: str
     args: Arguments = Field(default_factory=dict)
     weights: str | None = None
+    widen: bool = False
 
 
 class MethodSection(Section):
@@ -78,6 +80,8 @@ class OptimizerSection(Section):
         clip_grad: Norm that gradients are scaled down to.
         layer_decay: The rate of each block of the encoder is that of the block after it times this, its last block's
             being the full one; None for one rate.
+        lr_scale: Rates of parts of the model as multiples of `lr`, besides `layer_decay`, such as {"decoder": 5};
+            a part is the start of its parameters' names.
     """
 
     name: str = "adamw"
@@ -87,6 +91,7 @@ class OptimizerSection(Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     clip_grad: float = Field(1.0, gt=0)
     layer_decay: float | None = Field(None, gt=0, le=1)
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
 
 
 class ScheduleSection(Section):

@@ -129,9 +129,7 @@ class Run:
         task.load()
 
         self._choose_trained(encoder=not recipe.frozen)
-        optimizer = create_optimizer(
-            self.model, recipe.optimizer, head=task.head, head_scale=recipe.optimizer.head_scale
-        )
+        optimizer = create_optimizer(self.model, recipe.optimizer)
         self.schedule = create_schedule(optimizer, recipe.schedule)
         self.start, self.best, self.clock, self.validations = 0, -math.inf, Clock(), []
         self._resume(optimizer)

@@ -65,14 +65,9 @@ class CropSection(ChangeSection):
 
 
 class FineTuneOptimizerSection(OptimizerSection):
-    """The optimizer, with the longer memory that fine-tuning is done with.
-
-    Attributes:
-        head_scale: The rate of what is new for the task, decoder or classifier, as a multiple of `lr`, the encoder's.
-    """
+    """The optimizer, with the longer memory that fine-tuning is done with."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    head_scale: float = Field(1.0, gt=0)
 
 
 class FineTuneRecipe(RunRecipe):
