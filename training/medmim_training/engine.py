@@ -34,7 +34,7 @@ from medmim_training.record import Clock, Meter, MetricsLog, Report, claim, writ
 from medmim_training.sharding import load_whole, repeated_parts, shard, whole
 from medmim_training.store.crops import CropDataset
 from medmim_training.store.index import Store
-from medmim_training.widening import widen_decoder, widen_encoder
+from medmim_training.widening import WIDTH, widen_decoder, widen_encoder
 
 RECIPE_FILE, METRICS_FILE, RECORD_FILE = "recipe.yaml", "metrics.jsonl", "record.json"
 CHECKPOINTS, PICTURES, TRACKER = "checkpoints", "pictures", "curves"
@@ -62,7 +62,8 @@ def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | No
     if recipe.model.weights is None:
         return None
     widen, seed = recipe.model.widen, recipe.seed
-    encoder = create_model(recipe.model.weights, pretrained=True, **recipe.model.args)
+    args = {key: value for key, value in recipe.model.args.items() if not (widen and key in WIDTH)}
+    encoder = create_model(recipe.model.weights, pretrained=True, **args)
     if encoder.spec.architecture != recipe.model.name and not widen:
         raise SpecError(f"model.weights are of {encoder.spec.architecture}, but model.name is {recipe.model.name}")
     state = widen_encoder(encoder, method.encoder, seed=seed) if widen else encoder.state_dict()

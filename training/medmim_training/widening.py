@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from medmim.errors import SpecError
 
+WIDTH = ("embed_dim", "num_heads")  # the arguments of an encoder that may differ
 SPREAD = 0.5  # of the shares, about their mean
 
 
