@@ -211,8 +211,10 @@ def _training(weights: WeightsSpec) -> str:
     scale = " This is demonstration scale." if training.wall_hours < DEMONSTRATION_HOURS else ""
     published = "The encoder is published" + (", and its decoder beside it." if weights.decoder else " alone.")
     runs = [_run(training)]
-    while (training := training.before) is not None:
-        runs.append(f"It started from weights of another run. {_run(training)}")
+    while training.before is not None:
+        whose = "of a narrower network, whose channels were copied" if training.widened else "of another run"
+        training = training.before
+        runs.append(f"It started from weights {whose}. {_run(training)}")
     return f"## Pretraining\n\n{' '.join(runs)}{scale} {published}"
 
 

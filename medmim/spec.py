@@ -149,6 +149,7 @@ class TrainingRecord(Record):
 
     Attributes:
         before: The record of the weights that it started from; None when it started anew.
+        widened: Whether those are of a narrower network, whose channels were copied.
     """
 
     method: str
@@ -163,6 +164,7 @@ class TrainingRecord(Record):
     date: str
     data: tuple[DataSource, ...] = Field(min_length=1)
     before: TrainingRecord | None = None
+    widened: bool = False
 
 
 class Evidence(Record):

@@ -103,4 +103,7 @@ def test_a_run_starts_from_narrower_weights_and_says_so(finished, recipe, store,
     assert close.square().mean() < 0.02
     pretrain(wide, store, tmp_path / "run")
     package(tmp_path / "run", tmp_path / "wide", store=store, tag="wide", license="MIT", citation="@misc{none}")
-    assert medmim.create_model(f"local-dir:{tmp_path / 'wide'}", pretrained=True).spec.weights.training.before == before
+    training = medmim.create_model(f"local-dir:{tmp_path / 'wide'}", pretrained=True).spec.weights.training
+    assert training.widened
+    assert training.before == before
+    assert "from weights of a narrower network" in (tmp_path / "wide" / "README.md").read_text("utf-8")

@@ -195,6 +195,7 @@ def write_record(
             for (group, modality, license), count in sorted(groups.items())
         ),
         before=before,
+        widened=recipe.model.widen,
     )
     write_text(path, json.dumps(record.to_data(), indent=1) + "\n")
 
