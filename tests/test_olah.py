@@ -7,14 +7,8 @@ olah wants versions of its own of what medmim depends on, so it has an environme
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import socket
 import subprocess
-import time
-import urllib.request
-from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -24,46 +18,10 @@ from fakes import tiny_model
 from hubdouble import File, HubDouble
 from hubdouble.repositories import is_large
 from medmim.errors import WeightsError
+from mirrors import OLAH, olah, olah_before
 
-OLAH = os.environ.get("MEDMIM_OLAH")
 REPO = "org/tiny.fake"
 pytestmark = [pytest.mark.olah, pytest.mark.skipif(not OLAH, reason="MEDMIM_OLAH names no olah-cli")]
-
-
-@contextlib.contextmanager
-def olah(folder, **basic):
-    """A running olah that keeps its files in a folder: its endpoint."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{unused.getsockname()[1]}"
-    offline = basic.pop("offline", False)
-    settings = {
-        "host": "127.0.0.1",
-        "port": int(address.split(":")[1]),
-        "mirror-netloc": address,
-        "mirror-lfs-netloc": address,
-        "repos-path": str(folder / "repos"),
-        "log-path": str(folder / "logs"),
-        "metadata-cache-ttl": 0,
-        **basic,
-    }
-    lines = [f"{key} = {value!r}" for key, value in settings.items()]
-    folder.mkdir()
-    (folder / "olah.toml").write_text(
-        "\n".join(["[basic]", *lines, "[accessibility]", f"offline = {str(offline).lower()}"])
-    )
-    with open(folder / "output.txt", "w") as output:
-        process = subprocess.Popen([OLAH, "-c", "olah.toml"], cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(600):
-            assert process.poll() is None, (folder / "output.txt").read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{address}/repos"):
-                break
-            time.sleep(0.1)
-        yield f"http://{address}"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def same_weights(model) -> bool:
@@ -75,8 +33,7 @@ def mirrored(tiny_folder, tmp_path):
     """A double with a repository, and the endpoint of olah in front of it."""
     with HubDouble() as double:
         double.add_folder(REPO, tiny_folder[0])
-        hub, cdn = urlsplit(double.endpoint).netloc, urlsplit(double.cdn).netloc
-        with olah(tmp_path / "olah", **{"hf-scheme": "http", "hf-netloc": hub, "hf-lfs-netloc": cdn}) as endpoint:
+        with olah_before(double, tmp_path / "olah") as endpoint:
             yield double, endpoint
 
 

@@ -16,6 +16,7 @@ import medmim
 from hubdouble import HubDouble
 from medmim import cli as hub_cli
 from medmim_training import cli as training_cli
+from mirrors import OLAH, olah_before
 
 REPO = "org/vit_t"
 FILES = [
@@ -47,6 +48,9 @@ name, hub = sys.argv[1:]
 ONLINE = """
 load(name, "online")
 mirror(name, hub)
+"""
+MIRRORED = """
+load(name, "mirrored")
 """
 OFFLINE = """
 load(name, "offline")
@@ -118,8 +122,13 @@ def test_from_a_run_to_a_stranger(finished, run_publish, transport, store, tmp_p
         environment = {"HF_HOME": tmp_path / "home", "HF_HUB_DISABLE_XET": int(transport == "lfs")}
         stranger(ONLINE, *there, HF_ENDPOINT=double.endpoint, **environment)
         assert any("/v1/xorbs/" in path for path in double.asked()) == (transport == "xet")
+        through_olah = OLAH and transport == "lfs"  # it does not find what was uploaded through Xet
+        if through_olah:
+            with olah_before(double, tmp_path / "olah") as endpoint:
+                home = {**environment, "HF_HOME": tmp_path / "home of olah"}
+                stranger(MIRRORED, *there, HF_ENDPOINT=endpoint, **home)
     stranger(OFFLINE, *there, HF_HUB_OFFLINE=1, **environment)
-    for way in ("online", "offline", "local"):
+    for way in ("online", "offline", "local", *(["mirrored"] if through_olah else [])):
         assert_trained(finished[0], tmp_path / f"{way}.safetensors")
     call(monkeypatch, hub_cli.main, "verify", tmp_path / "hub")
 
