@@ -1,4 +1,4 @@
-"""Fitting the first projection of a network to other patches and other input channels."""
+"""Fitting the first projection of a network, and the last one of a decoder, to other patches and input channels."""
 
 from __future__ import annotations
 
@@ -29,6 +29,23 @@ def resize_patch_kernel(weight: Tensor, patch_size: Size) -> Tensor:
             resize = F.interpolate(identity, size=new, mode="linear", align_corners=False)[0].T  # R: (new, old)
             resized = torch.tensordot(resized, torch.linalg.pinv(resize.T), dims=([axis], [1])).movedim(-1, axis)
     return resized.to(weight.dtype)
+
+
+def resize_patch_output(weight: Tensor, old: Size, new: Size) -> Tensor:
+    """Resizes the layer that predicts the voxels of a patch: each new voxel is the mean of the old ones in its place.
+
+    Args:
+        weight: Its weight (in_chans * prod(old), C) or its bias (in_chans * prod(old),).
+        old: Voxels of a patch along (D, H, W).
+        new: Likewise.
+
+    Returns:
+        (in_chans * prod(new), C) or (in_chans * prod(new),).
+    """
+    rows = weight.reshape(weight.shape[0], -1)  # (in_chans * V, C)
+    voxels = rows.unflatten(0, (-1, *old)).movedim(-1, 1)  # (in_chans, C, p, q, r)
+    resized = F.interpolate(voxels, size=new, mode="area").movedim(1, -1).flatten(0, 3)
+    return resized.reshape(-1, *weight.shape[1:])
 
 
 def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:

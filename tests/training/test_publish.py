@@ -18,10 +18,11 @@ from medmim.errors import SpecError
 from medmim.factory import create_decoder
 from medmim.golden import golden_outputs
 from medmim.spec import TrainingRecord, WeightsSpec
-from medmim_training.engine import build_method, pretrain, start_from_weights
+from medmim_training.engine import build_method, pretrain
 from medmim_training.evaluate import evaluate_reconstruction
 from medmim_training.publish import _data_list_of, _write_data_list, package, write_picture
 from medmim_training.recipe import Recipe, ScheduleSection
+from medmim_training.starting import start_from_weights
 from medmim_training.store.index import Store
 from medmim_training.store.sources import find_sources
 
@@ -127,6 +128,20 @@ def test_a_run_can_start_from_what_was_published(folder, model, recipe, store, t
     assert record.before == before
 
 
+def test_a_run_with_other_patches_takes_over_what_the_decoder_knows(folder, model, recipe):
+    started = with_weights(recipe, f"local-dir:{folder}", patch_size=[8, 16, 4])
+    method = build_method(started)
+    start_from_weights(method, started)
+    assert method.encoder.patch_size == method.decoder.unit == (8, 16, 4)
+    published = create_decoder(model)
+    tokens = torch.randn(1, 2, published.embed.out_features, generator=torch.Generator().manual_seed(0))
+    coarse, fine = (decoder.to_voxels(tokens).unflatten(2, decoder.unit) for decoder in (published, method.decoder))
+    # Twice as tall, half as deep: along the first axis nothing changes, along the last one two voxels are one.
+    torch.testing.assert_close(fine[:, :, :, ::2], coarse.unflatten(4, (4, 2)).mean(-1))
+    torch.testing.assert_close(fine[:, :, :, 1::2], fine[:, :, :, ::2])
+    assert torch.equal(method.decoder.blocks[0].attn.qkv.weight, published.blocks[0].attn.qkv.weight)
+
+
 def test_the_data_list_has_the_files_of_the_run_before_too(folder, store, tmp_path):
     few = Store(store.folder)
     few.entries = store.entries[:1]
@@ -150,5 +165,6 @@ def test_a_card_tells_of_the_run_before(model):
     assert f"It started from weights of another run. Recipe `tiny`: {weights.training.steps} steps" in card
 
 
-def with_weights(recipe: Recipe, weights: str) -> Recipe:
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": weights})})
+def with_weights(recipe: Recipe, weights: str, **args) -> Recipe:
+    changed = {"weights": weights, "args": {**recipe.model.args, **args}}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=changed)})

@@ -9,9 +9,10 @@ import medmim
 from fakes import TINY, tiny_decoder, tiny_model
 from medmim.errors import SpecError
 from medmim.heads.mae import MAEDecoder
-from medmim_training.engine import build_method, pretrain, start_from_weights
+from medmim_training.engine import build_method, pretrain
 from medmim_training.publish import package
 from medmim_training.recipe import Recipe
+from medmim_training.starting import start_from_weights
 from medmim_training.widening import widen_decoder, widen_encoder
 
 VIT = TINY["vit"]

@@ -20,9 +20,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from medmim.errors import MedmimError, SpecError
-from medmim.factory import create_decoder, create_model
+from medmim.factory import create_model
 from medmim.pictures import reconstruction_picture
-from medmim.spec import TrainingRecord
 from medmim_training.checkpoint import load_latest, save_checkpoint
 from medmim_training.loading import batches
 from medmim_training.methods import MethodOutput, create_method
@@ -32,9 +31,9 @@ from medmim_training.preemption import Preempted, stop_requests
 from medmim_training.recipe import Recipe
 from medmim_training.record import Clock, Meter, MetricsLog, Report, claim, write_record
 from medmim_training.sharding import load_whole, repeated_parts, shard, whole
+from medmim_training.starting import start_from_weights
 from medmim_training.store.crops import CropDataset
 from medmim_training.store.index import Store
-from medmim_training.widening import WIDTH, widen_decoder, widen_encoder
 
 RECIPE_FILE, METRICS_FILE, RECORD_FILE = "recipe.yaml", "metrics.jsonl", "record.json"
 CHECKPOINTS, PICTURES, TRACKER = "checkpoints", "pictures", "curves"
@@ -50,33 +49,6 @@ def build_method(recipe: Recipe) -> nn.Module:
     """The recipe's method around its freshly initialised encoder; the same weights for the same seed."""
     torch.manual_seed(recipe.seed)
     return create_method(recipe.method.name, create_model(recipe.model.name, **recipe.model.args), recipe.method.args)
-
-
-def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | None:
-    """Gives a fresh method the weights that its recipe starts from, if any; returns the record of their training.
-
-    Raises:
-        SpecError: When they are of another architecture.
-        UnknownModelError, WeightsError: See `medmim.create_model`.
-    """
-    if recipe.model.weights is None:
-        return None
-    widen, seed = recipe.model.widen, recipe.seed
-    args = {key: value for key, value in recipe.model.args.items() if not (widen and key in WIDTH)}
-    encoder = create_model(recipe.model.weights, pretrained=True, **args)
-    if encoder.spec.architecture != recipe.model.name and not widen:
-        raise SpecError(f"model.weights are of {encoder.spec.architecture}, but model.name is {recipe.model.name}")
-    state = widen_encoder(encoder, method.encoder, seed=seed) if widen else encoder.state_dict()
-    method.encoder.load_state_dict(state)
-    weights = encoder.spec.weights
-    if weights is None:
-        return None
-    if method.decoder_spec is not None and weights.decoder_spec == method.decoder_spec:
-        state = create_decoder(encoder).state_dict()
-        if widen:
-            state = widen_decoder(state, method.encoder.num_features // encoder.num_features, seed=seed)
-        method.decoder.load_state_dict(state)
-    return weights.training
 
 
 def pretrain(
