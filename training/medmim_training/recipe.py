@@ -34,12 +34,14 @@ class ModelSection(Section):
         weights: What training starts from, as `create_model` takes it: "local-dir:FOLDER", "hf-hub:org/name", a name
             with weights. Its decoder is taken over too, where it has the same. None starts anew.
         widen: Those weights are of a narrower transformer (see `widening`).
+        position_gain: How many times as much positions count as they did in those weights (see `balance`).
     """
 
     name: str
     args: Arguments = Field(default_factory=dict)
     weights: str | None = None
     widen: bool = False
+    position_gain: float = Field(1.0, gt=0)
 
 
 class MethodSection(Section):

@@ -1,4 +1,4 @@
-"""What a run starts from: the weights of another, as they are, widened, or for other patches."""
+"""What a run starts from: the weights of another, as they are, widened, balanced, or for other patches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from medmim.errors import SpecError
 from medmim.factory import create_decoder, create_model
 from medmim.layers.adapt import resize_patch_output
 from medmim.spec import PartSpec, TrainingRecord
+from medmim_training.balance import raise_positions
 from medmim_training.recipe import Recipe
 from medmim_training.widening import WIDTH, widen_decoder, widen_encoder
 
@@ -31,6 +32,8 @@ def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | No
         raise SpecError(f"model.weights are of {encoder.spec.architecture}, but model.name is {model.name}")
     state = widen_encoder(encoder, method.encoder, seed=seed) if model.widen else encoder.state_dict()
     method.encoder.load_state_dict(state)
+    if model.position_gain != 1:
+        raise_positions(method.encoder, model.position_gain)
     weights = encoder.spec.weights
     if weights is None:
         return None
