@@ -25,11 +25,13 @@ def raise_positions(encoder: nn.Module, gain: float) -> None:
 
     Args:
         encoder: A plain transformer.
-        gain: Above 0.
+        gain: Above 0; 1 leaves any encoder as it is.
 
     Raises:
         SpecError: For another kind of encoder.
     """
+    if gain == 1:
+        return
     if not isinstance(encoder, VisionTransformer3D):
         raise SpecError("model.position_gain is for plain transformers, whose positions are added to tokens")
     added = [encoder.patch_embed.proj]

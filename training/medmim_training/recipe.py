@@ -27,21 +27,30 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class ModelSection(Section):
+class EncoderSection(Section):
     """Which encoder: a name of the catalog and arguments that differ from it.
+
+    Attributes:
+        position_gain: How many times as much positions count as they did in the weights that training starts from
+            (see `balance`).
+    """
+
+    name: str
+    args: Arguments = Field(default_factory=dict)
+    position_gain: float = Field(1.0, gt=0)
+
+
+class ModelSection(EncoderSection):
+    """Which encoder to pretrain.
 
     Attributes:
         weights: What training starts from, as `create_model` takes it: "local-dir:FOLDER", "hf-hub:org/name", a name
             with weights. Its decoder is taken over too, where it has the same. None starts anew.
         widen: Those weights are of a narrower transformer (see `widening`).
-        position_gain: How many times as much positions count as they did in those weights (see `balance`).
     """
 
-    name: str
-    args: Arguments = Field(default_factory=dict)
     weights: str | None = None
     widen: bool = False
-    position_gain: float = Field(1.0, gt=0)
 
 
 class MethodSection(Section):

@@ -32,8 +32,7 @@ def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | No
         raise SpecError(f"model.weights are of {encoder.spec.architecture}, but model.name is {model.name}")
     state = widen_encoder(encoder, method.encoder, seed=seed) if model.widen else encoder.state_dict()
     method.encoder.load_state_dict(state)
-    if model.position_gain != 1:
-        raise_positions(method.encoder, model.position_gain)
+    raise_positions(method.encoder, model.position_gain)
     weights = encoder.spec.weights
     if weights is None:
         return None

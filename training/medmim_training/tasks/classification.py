@@ -18,6 +18,7 @@ from medmim.heads.segmenter import Segmenter
 from medmim.inference import evaluating
 from medmim.tasks import name_classes
 from medmim.transforms import create_transform
+from medmim_training.balance import raise_positions
 from medmim_training.tasks import loop
 from medmim_training.tasks.cases import Split
 from medmim_training.tasks.crops import ChangedVolumes
@@ -48,6 +49,7 @@ def build_classifier(recipe: ClassificationRecipe, classes: Sequence[str]) -> nn
     model = create_model(settings.name, settings.pretrained, **{**settings.args, "num_classes": len(classes)})
     if isinstance(model, Segmenter):
         raise SpecError(f"{settings.name} is a segmenter; name an encoder or a classifier")
+    raise_positions(model, settings.position_gain)
     name_classes(model, classes, volume=recipe.volume)
     return model
 

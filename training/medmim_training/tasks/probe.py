@@ -27,6 +27,7 @@ from medmim.registry import is_model, model_info
 from medmim.spec import VolumeSpec
 from medmim.tasks import encoder_of
 from medmim.transforms import VolumeTransform, create_transform
+from medmim_training.balance import raise_positions
 from medmim_training.tasks.cases import Case, split_cases
 from medmim_training.tasks.classification import check_classes
 from medmim_training.tasks.labelled import find_labelled
@@ -148,6 +149,7 @@ def _encoder(recipe: ProbeRecipe) -> nn.Module:
     device = "cuda" if torch.cuda.is_available() else None
     model = create_model(recipe.model.name, recipe.model.pretrained, device=device, **recipe.model.args)
     model = encoder_of(model) if isinstance(model, Segmenter) else model
+    raise_positions(model, recipe.model.position_gain)
     model.reset_classifier(0)
     return model
 

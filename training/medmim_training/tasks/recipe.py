@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from medmim.spec import Modality, VolumeSpec
 from medmim_training.precision import Precision
 from medmim_training.recipe import (
-    ModelSection,
+    EncoderSection,
     OptimizerSection,
     OutputSection,
     Positive,
@@ -19,7 +19,7 @@ from medmim_training.recipe import (
 )
 
 
-class EncoderSection(ModelSection):
+class StartSection(EncoderSection):
     """Which encoder to start from.
 
     Attributes:
@@ -96,7 +96,7 @@ class FineTuneRecipe(RunRecipe):
     fold: int = Field(0, ge=0)
     labels: str | Annotated[int, Field(gt=0)] = "100%"
     classes: tuple[str, ...] = ()
-    model: EncoderSection
+    model: StartSection
     volume: VolumeSpec | None = None
     modality: Modality | None = None
     crops: ChangeSection = ChangeSection()
@@ -180,7 +180,7 @@ class ProbeRecipe(Section):
     splits: str | None = None
     fold: int = Field(0, ge=0)
     classes: tuple[str, ...] = ()
-    model: EncoderSection
+    model: StartSection
     volume: VolumeSpec | None = None
     modality: Modality | None = None
     batch_size: Positive = 16

@@ -15,6 +15,7 @@ from medmim.pictures import segmentation_picture
 from medmim.segmentation import predict_labels
 from medmim.tasks import create_segmenter
 from medmim.transforms import VolumeTransform
+from medmim_training.balance import raise_positions
 from medmim_training.tasks import loop
 from medmim_training.tasks.cases import LoadedCase, find_cases, find_classes, load_case, pad_around
 from medmim_training.tasks.crops import LabelledCrops
@@ -57,7 +58,7 @@ def build_segmenter(recipe: SegmentationRecipe) -> Segmenter:
     if recipe.model.name in PEERS:
         register_peers()
     torch.manual_seed(recipe.seed)
-    return create_segmenter(
+    model = create_segmenter(
         recipe.model.name,
         recipe.decoder.name,
         classes=find_classes(recipe.data, recipe.classes),
@@ -66,6 +67,8 @@ def build_segmenter(recipe: SegmentationRecipe) -> Segmenter:
         volume=recipe.volume,
         **recipe.model.args,
     )
+    raise_positions(model.encoder, recipe.model.position_gain)
+    return model
 
 
 class SegmentationTask(loop.Task):
