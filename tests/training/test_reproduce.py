@@ -17,6 +17,7 @@ import medmim
 from medmim.errors import SpecError
 from medmim_training import cli
 from medmim_training.fetch import FetchError, fetch_data
+from medmim_training.plan import make_plan
 from medmim_training.preemption import Preempted
 from medmim_training.reproduce import page, runner
 from medmim_training.reproduce.experiment import (
@@ -82,10 +83,14 @@ def test_what_a_run_starts_from_comes_before_it_and_has_its_grid(runs):
     assert {run.recipe.model.name for run in runs if run.recipe.model.name in PEERS} == set(PEERS)
 
 
-def test_methods_differ_in_the_method_alone(runs):
+def test_methods_differ_in_the_method_alone_and_get_the_same_arithmetic(runs):
     pretraining = {run.id.rsplit("-", 1)[0]: run.recipe for run in runs if isinstance(run, PretrainingRun)}
-    same = [pretraining[name].model_dump(exclude={"method", "model"}) for name in ("mae", "simmim", "simclr")]
+    methods = [pretraining[name] for name in ("mae", "simmim", "simclr")]
+    same = [recipe.model_dump(exclude={"method", "model", "schedule"}) for recipe in methods]
     assert same[0] == same[1] == same[2]
+    plans = [make_plan(recipe) for recipe in methods]
+    arithmetic = [plan.flops_per_crop * plan.crops for plan in plans]
+    assert arithmetic == pytest.approx([arithmetic[0]] * 3, rel=0.2)
     assert pretraining["simmim"].method.args["ratio"] == pretraining["mae"].method.args["ratio"]
 
 
@@ -221,10 +226,10 @@ def test_peers_get_the_time_of_the_other_and_keep_it(pretend, experiment, shapes
     runs = {run.recipe.model.name: run for run in grid.wanted if isinstance(run, FineTuningRun)}
     for name in PEERS:
         text = (grid.place(runs[name]) / "recipe.yaml").read_text(encoding="utf-8")
-        assert "steps: 2400" in text  # three times 800
-        assert "checkpoint_every: 240" in text
+        assert "steps: 1800" in text  # three times 600
+        assert "checkpoint_every: 180" in text
     monkeypatch.setattr(runner, "seconds_a_step", None)
-    assert "schedule.steps=2400" in grid.command(runs["monai_unet"])
+    assert "schedule.steps=1800" in grid.command(runs["monai_unet"])
 
 
 def test_data_without_a_test_is_refused(experiment, tmp_path):
