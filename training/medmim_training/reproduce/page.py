@@ -77,8 +77,9 @@ def _head(runner: Runner, done: int) -> str:
     lines += [
         f"Cases: {len(split.training)} for training, {len(split.validation)} for validation, {len(split.test)} for the "
         "test, no subject on two sides. Pretraining saw the images of the training cases alone: neither test nor "
-        "validation cases, not even without their labels. The best step of each fine-tuning run was chosen by "
-        "validation; test cases chose nothing.",
+        "validation cases, not even without their labels; weights that a row names by a tag were not trained here, and "
+        "their cards list what they saw. The best step of each fine-tuning run was chosen by validation; test cases "
+        "chose nothing.",
         "Dice and HD95 (mm) are means over cases of the mean over classes, measured in the scans' own voxels, then "
         "means over seeds, with the standard deviation over seeds after ±. A seed decides the decoder's first weights, "
         "the crops, and which cases are labelled; pretraining was run once a variant, so its own chance is not in the "
