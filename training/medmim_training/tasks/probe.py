@@ -92,7 +92,7 @@ def probe(
     sides = {"training": split.training, "validation": split.validation} | ({"test": split.test} if test else {})
     if test and len({case.label for case in split.test}) < 2:
         raise SpecError(f"{recipe.data}: its test cases are not of two classes")
-    encoder, total, done = _encoder(recipe), sum(map(len, sides.values())), 0
+    encoder, total, done = build_encoder(recipe), sum(map(len, sides.values())), 0
     transform = create_transform(encoder, modality=recipe.modality, volume=_preprocessing(encoder, recipe))
     fingerprint = _fingerprint(encoder, [transform.spec.to_data(), transform.img_size, recipe.modality])
     features = {}
@@ -144,7 +144,8 @@ def _best_regression(features: dict[str, np.ndarray], labels: dict[str, np.ndarr
 # --- features ---------------------------------------------------------------------------------------------------------
 
 
-def _encoder(recipe: ProbeRecipe) -> nn.Module:
+def build_encoder(recipe: ProbeRecipe) -> nn.Module:
+    """The recipe's encoder, on a GPU where there is one, without a classifier."""
     torch.manual_seed(recipe.seed)
     device = "cuda" if torch.cuda.is_available() else None
     model = create_model(recipe.model.name, recipe.model.pretrained, device=device, **recipe.model.args)
