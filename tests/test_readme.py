@@ -1,9 +1,11 @@
 """What the README shows can be done as it stands."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import medmim
@@ -79,6 +81,17 @@ def test_every_model_is_named(name):
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
 def test_linked_files_exist(link):
     assert (ROOT / link).is_file()
+
+
+def test_the_figures_of_segmentation_are_those_of_its_runs():
+    with open(ROOT / "training/results/paper-small/results.csv", newline="", encoding="utf-8") as file:
+        runs = [row for row in csv.DictReader(file) if "methods:" in row["rows"]]
+    dice = {}
+    for run in runs:
+        dice.setdefault(run["rows"].split(";")[0], []).append(float(run["test_dice"]))
+    assert {len(found) for found in dice.values()} == {5}
+    for row, found in dice.items():
+        assert f"{np.mean(found):.3f}" in README, row
 
 
 def test_the_figures_are_those_of_the_weights_record():
