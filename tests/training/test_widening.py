@@ -108,3 +108,15 @@ def test_a_run_starts_from_narrower_weights_and_says_so(finished, recipe, store,
     assert training.widened
     assert training.before == before
     assert "from weights of a narrower network" in (tmp_path / "wide" / "README.md").read_text("utf-8")
+
+
+def test_a_decoder_that_cannot_be_widened_starts_anew(recipe, store, tmp_path):
+    simmim = Recipe.model_validate({**recipe.model_dump(), "method": {"name": "simmim"}, "schedule": {"steps": 1}})
+    pretrain(simmim, store, tmp_path / "run")
+    package(tmp_path / "run", tmp_path / "narrow", store=store, tag="synthetic", license="MIT", citation="@misc{none}")
+    args = {**recipe.model.args, "embed_dim": 96, "num_heads": 8}
+    model = {"name": "vit_t_mae3d", "args": args, "weights": f"local-dir:{tmp_path / 'narrow'}", "widen": True}
+    method = build_method(Recipe.model_validate({**simmim.model_dump(), "model": model}))
+    fresh = {name: weight.clone() for name, weight in method.decoder.state_dict().items()}
+    start_from_weights(method, Recipe.model_validate({**simmim.model_dump(), "model": model}))
+    assert all(torch.equal(weight, fresh[name]) for name, weight in method.decoder.state_dict().items())

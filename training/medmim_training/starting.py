@@ -17,7 +17,7 @@ def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | No
     """Gives a fresh method the weights that its recipe starts from, if any; returns the record of their training.
 
     The decoder that was published beside them is taken over, where the method has the same or, of a masked
-    autoencoder, one for other patches.
+    autoencoder, one for other patches or a wider encoder.
 
     Raises:
         SpecError: When they are of another architecture.
@@ -37,7 +37,7 @@ def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | No
     if weights is None:
         return None
     if method.decoder_spec is not None and weights.decoder_spec is not None:
-        state = _decoder_state(model.weights, weights.decoder_spec, method.decoder_spec)
+        state = _decoder_state(model.weights, weights.decoder_spec, method.decoder_spec, widen=model.widen)
         if state is not None and model.widen:
             state = widen_decoder(state, method.encoder.num_features // encoder.num_features, seed=seed)
         if state is not None:
@@ -45,8 +45,10 @@ def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | No
     return weights.training
 
 
-def _decoder_state(name: str, published: PartSpec, wanted: PartSpec) -> dict[str, Tensor] | None:
+def _decoder_state(name: str, published: PartSpec, wanted: PartSpec, *, widen: bool) -> dict[str, Tensor] | None:
     """The weights of a published decoder, for the patches that are wanted; None where it is another network."""
+    if widen and published.kind != "mae":
+        return None
     patches = [part.args.get("patch_size") for part in (published, wanted)]
     same = [{**part.args, "patch_size": None} for part in (published, wanted)]
     if published.kind != wanted.kind or same[0] != same[1]:
