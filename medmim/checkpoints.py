@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -23,6 +24,7 @@ from medmim.files import atomic_write, write_text
 from medmim.limits import HEADER_BYTES
 
 SHARD_BYTES = 95_000_000  # git hosts refuse files of 100 MB
+BLOCK_BYTES = 2**24  # read at once; what a change of dtype needs beside the tensors
 HUGE_PAGE = 2**21
 LISTED = 6  # tensors named in an error, of each kind
 
@@ -42,19 +44,19 @@ def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
 
     tensors: dict[str, Tensor] = {}
-    places: list[tuple[Path, int]] = []  # of each tensor: its file, and where it starts there
+    blocks: list[_Block] = []
     for path in paths:
         _refuse_other_formats(path)
         try:
-            found = _lay_out(path)
+            for block, views in _lay_out(path):
+                for key in views.keys() & tensors.keys():
+                    raise WeightsError(f"{path}: {key} is stored in another shard already; save the model again")
+                tensors |= views
+                blocks.append(block)
         except (SafetensorError, OSError) as error:
             raise _not_whole(path, error) from None
-        for key in found.keys() & tensors.keys():
-            raise WeightsError(f"{path}: {key} is stored in another shard already; save the model again")
-        tensors |= {key: tensor for key, (_, tensor) in found.items()}
-        places += [(path, start) for start, _ in found.values()]
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="medmim-read") as pool:
-        list(pool.map(_read_into, tensors.values(), places))
+        list(pool.map(_read, blocks))
     return tensors
 
 
@@ -62,8 +64,16 @@ def _not_whole(path: Path, error: Exception) -> WeightsError:
     return WeightsError(f"{path}: not a whole safetensors file ({error}); fetch or save it again")
 
 
-def _lay_out(path: Path) -> dict[str, tuple[int, Tensor]]:
-    """The tensors of a file, yet without their values, and at which byte each of them starts.
+class _Block(NamedTuple):
+    """Some tensors of a file that are read at once: where they start there, and where they go."""
+
+    path: Path
+    start: int
+    memory: memoryview
+
+
+def _lay_out(path: Path) -> Iterator[tuple[_Block, dict[str, Tensor]]]:
+    """The tensors of a file, yet without their values, in blocks.
 
     The library checks the header and says what there is; the bytes are read, not mapped: a mapped file takes the
     process down when somebody truncates it, and copies off it need their memory twice.
@@ -72,37 +82,53 @@ def _lay_out(path: Path) -> dict[str, tuple[int, Tensor]]:
 
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")  # the length of the header, then the header
-    tensors = {}
     with safe_open(path, framework="pt") as layout:
-        for key in layout.offset_keys():  # as they lie, without gaps, or the library would have refused the file
-            tensors[key] = start, (tensor := _memory_for(layout.get_tensor(key)))
-            start += tensor.nbytes
-    return tensors
+        # As they lie, without gaps, or the library would have refused the file.
+        mapped = {key: layout.get_tensor(key) for key in layout.offset_keys()}
+    while mapped:
+        places, size = {}, 0
+        for key, tensor in mapped.items():
+            # Each at a multiple of its numbers' size, as processors want it.
+            if places and (size + tensor.nbytes > BLOCK_BYTES or size % tensor.itemsize):
+                break
+            places[key] = size
+            size += tensor.nbytes
+        memory = _memory(size)
+        yield (
+            _Block(path, start, memory),
+            {key: _view(memory, offset, mapped.pop(key)) for key, offset in places.items()},
+        )
+        start += size
 
 
-def _read_into(tensor: Tensor, place: tuple[Path, int]) -> None:
-    """Fills a tensor with the bytes of a file from some place on."""
-    path, start = place
-    data = tensor.reshape(-1).view(torch.uint8).numpy()
-    try:
-        with open(path, "rb") as file:
-            file.seek(start)
-            if file.readinto(data) < data.size:
-                raise OSError(f"it ends before byte {start + data.size}")
-    except OSError as error:
-        raise _not_whole(path, error) from None
+def _view(memory: memoryview, offset: int, like: Tensor) -> Tensor:
+    """A tensor like another one that lies in a piece of memory."""
+    if not like.numel():
+        return torch.empty_like(like)
+    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=offset).view(like.shape)
 
 
-def _memory_for(tensor: Tensor) -> Tensor:
-    """An uninitialised tensor like another one; a large one in huge pages, where the system has them.
+def _memory(size: int) -> memoryview:
+    """Uninitialised memory; in huge pages, where the system has them.
 
     A new process gets its memory page by page as it touches it, which takes longer than reading a cached file.
     """
-    if tensor.nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(tensor)
-    memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(np.empty(size, np.uint8))
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+    return memoryview(memory)
+
+
+def _read(block: _Block) -> None:
+    """Fills a block with the bytes of its file."""
+    try:
+        with open(block.path, "rb") as file:
+            file.seek(block.start)
+            if file.readinto(block.memory) < len(block.memory):
+                raise OSError(f"it ends before byte {block.start + len(block.memory)}")
+    except OSError as error:
+        raise _not_whole(block.path, error) from None
 
 
 def _refuse_other_formats(path: Path) -> None:

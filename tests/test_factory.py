@@ -362,8 +362,10 @@ def test_a_damaged_shard_is_refused_wherever_it_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("huge_page", [1, checkpoints.HUGE_PAGE])
-def test_tensors_of_every_kind_are_read_as_the_library_reads_them(huge_page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", [1, 30, checkpoints.BLOCK_BYTES])
+def test_tensors_of_every_kind_are_read_as_the_library_reads_them(huge_page, block, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "HUGE_PAGE", huge_page)
+    monkeypatch.setattr(checkpoints, "BLOCK_BYTES", block)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         "matrix": torch.rand(3, 5, generator=generator),
