@@ -32,19 +32,11 @@ SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 DICOM_SUFFIX = ".dcm"
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-DICOM_MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PET"}
-DICOM_POSITION, DICOM_ORIENTATION, DICOM_MODALITY = "0020|0032", "0020|0037", "0008|0060"
-DICOM_SERIES_UID, DICOM_DESCRIPTION = "0020|000e", "0008|103e"
-DICOM_INTERCEPT, DICOM_SLOPE = "0028|1052", "0028|1053"
-DICOM_VOXELS = "voxels"  # of one file; no tag, but what follows from several
 
 SPACING = 1e-6, 1e6  # mm; a header with less or more in it is broken, and numbers computed from it would overflow
 
 HEADER_BYTES = 1_000_000  # of NRRD and MetaImage, in which they may name another file
 NRRD_FIELD = 500  # characters of a field in its header; three vectors in full precision have 230
-
-# Slice distances are written with few decimals; a missing slice is off by 100 %.
-SLICE_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,23 +90,26 @@ def load_volume(path: str | Path) -> Volume:
     Raises:
         ScanError: One sentence that starts with the path and says what to do.
     """
+    from medmim.dicom import read_dicom
+
     path = Path(path)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # a name that is too long
         raise ScanError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    modality = None
     if is_folder:
-        array, affine, modality = _read_dicom_folder(path)
+        array, affine, modality = read_dicom(path)
     elif not is_file:
         raise ScanError(f"{path}: no such file or folder; check the path")
     elif path.stat().st_size == 0:
         raise ScanError(f"{path}: the file is empty; copy or export it again")
     elif path.name.lower().endswith(NIFTI_SUFFIXES):
-        array, affine, modality = *_read_nifti(path), None
+        array, affine = _read_nifti(path)
     elif path.name.lower().endswith(ITK_SUFFIXES):
-        array, affine, modality = *_read_itk(path), None
+        array, affine, modality = *_readitk_errors(path), None
     elif path.name.lower().endswith(DICOM_SUFFIX):
-        array, affine, modality = _read_dicom_file(path)
+        array, affine, modality = read_dicom(path)
     else:
         known = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES, DICOM_SUFFIX))
         raise ScanError(f"{path}: not a known scan format; give a file that ends in {known}, or a DICOM folder")
@@ -142,7 +137,7 @@ def _check_frames(shape: tuple[int, ...], path: Path) -> None:
         )
 
 
-def _check_claim(shape: tuple[int, ...], room: int, path: Path, format_name: str) -> None:
+def check_claim(shape: tuple[int, ...], room: int, path: Path, format_name: str) -> None:
     """Refuses voxels that a header claims and its file cannot hold, before memory is taken for them.
 
     Args:
@@ -214,7 +209,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
             _check_frames(image.shape, path)
             content = path.stat().st_size * (1 if path.name.lower().endswith(".nii") else DEFLATION)
             room = max(content - int(image.dataobj.offset), 0) // image.get_data_dtype().itemsize
-            _check_claim(image.shape, room, path, "NIfTI")
+            check_claim(image.shape, room, path, "NIfTI")
             _check_nifti_spacing(image, path)
             scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
             if scaled and image.get_data_dtype().kind in "iuf":
@@ -224,7 +219,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
         if isinstance(error, ScanError):
             raise
-        raise ScanError(f"{path}: cannot be read as NIfTI ({_one_line(error)}); copy or export it again") from None
+        raise ScanError(f"{path}: cannot be read as NIfTI ({one_line(error)}); copy or export it again") from None
     # (D, H, W, 1, ...) -> (D, H, W)
     return array.reshape(array.shape[:3]) if array.ndim > 3 else array, image.affine
 
@@ -277,7 +272,7 @@ def _check_nifti_spacing(image, path: Path) -> None:
 
 
 @contextmanager
-def _itk(path: Path, format_name: str) -> Iterator[None]:
+def itk_errors(path: Path, format_name: str) -> Iterator[None]:
     """Keeps ITK from printing warnings, and turns its errors into a `ScanError`."""
     import SimpleITK as sitk
 
@@ -287,25 +282,25 @@ def _itk(path: Path, format_name: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ScanError(
-            f"{path}: cannot be read as {format_name} ({_one_line(error)}); copy or export it again"
+            f"{path}: cannot be read as {format_name} ({one_line(error)}); copy or export it again"
         ) from None
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(warnings)
 
 
-def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _readitk_errors(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK as sitk
 
     format_name = "NRRD" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImage"
     data = _data_file(path, format_name)
-    with _itk(path, format_name):
+    with itk_errors(path, format_name):
         reader = sitk.ImageFileReader()
         reader.SetImageIO("NrrdImageIO" if format_name == "NRRD" else "MetaImageIO")
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
         _check_frames(reader.GetSize(), path)
         _check_components(reader, path)
-        _check_claim(reader.GetSize(), data.stat().st_size * DEFLATION, path, format_name)
+        check_claim(reader.GetSize(), data.stat().st_size * DEFLATION, path, format_name)
         image = reader.Execute()
     return _array_and_affine(image)
 
@@ -364,127 +359,7 @@ def _array_and_affine(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
     return array, LPS_TO_RAS @ affine if len(affine) == 4 else affine
 
 
-# --- DICOM ------------------------------------------------------------------------------------------------------------
-
-
-def _read_dicom_folder(folder: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
-    series = _dicom_series(folder)
-    if not series:
-        raise ScanError(f"{folder}: holds no DICOM files; give a scan, or the folder that directly holds one series")
-    volumes = {uid: files for uid, files in series.items() if len(files) > 1} or series
-    if len(volumes) > 1:
-        listed = "; ".join(_describe_series(uid, files) for uid, files in volumes.items())
-        raise ScanError(
-            f"{folder}: holds {len(volumes)} series, give one file of the one you want, or a folder with only that "
-            f"series: {listed}"
-        )
-    (files,) = volumes.values()
-    return _read_dicom_series(files, folder)
-
-
-def _read_dicom_file(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
-    with _itk(path, "DICOM"):
-        uid = _dicom_header(str(path)).get(DICOM_SERIES_UID)
-    files = _dicom_series(path.parent).get(uid, (str(path),))
-    return _read_dicom_series(files, path)
-
-
-def _dicom_series(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Files by series UID, each series sorted along the patient."""
-    import SimpleITK as sitk
-
-    with _itk(folder, "DICOM"):
-        uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-        return {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in uids}
-
-
-def _dicom_header(file: str) -> dict[str, str]:
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(file)
-    reader.ReadImageInformation()
-    header = {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
-    return header | {DICOM_VOXELS: str(math.prod(reader.GetSize()))}
-
-
-def _describe_series(uid: str, files: tuple[str, ...]) -> str:
-    header = _dicom_header(files[0])
-    description = header.get(DICOM_DESCRIPTION) or "no description"
-    return f"{Path(files[0]).name} ({description}, {header.get(DICOM_MODALITY, '?')}, {len(files)} files, UID {uid})"
-
-
-def _read_dicom_series(files: tuple[str, ...], path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
-    import SimpleITK as sitk
-
-    with _itk(path, "DICOM"):
-        headers = [_dicom_header(file) for file in files]
-        modality = DICOM_MODALITIES.get(headers[0].get(DICOM_MODALITY, ""))
-        # Compressed slices may be of any ratio, so only the sum of all is bounded.
-        _check_claim((len(files), max(int(header[DICOM_VOXELS]) for header in headers)), VOXELS, path, "DICOM")
-        if len(files) == 1:  # one file that holds all slices, or a single slice, which is refused later
-            image = sitk.ReadImage(files[0], imageIO="GDCMImageIO")
-        else:
-            files, step = _order_slices(files, headers, path)
-            # ITK reads all slices as the type of the first; those of a PET have a scale each and would be rounded.
-            scales = {(header.get(DICOM_SLOPE), header.get(DICOM_INTERCEPT)) for header in headers}
-            pixel_type = sitk.sitkUnknown if len(scales) == 1 else sitk.sitkFloat32
-            image = sitk.ReadImage(files, pixel_type, imageIO="GDCMImageIO")
-    if image.GetNumberOfComponentsPerPixel() > 1:
-        raise ScanError(f"{path}: holds {image.GetNumberOfComponentsPerPixel()} values a voxel (colour); give a scan")
-    array, affine = _array_and_affine(image)
-    if len(files) > 1:
-        # ITK takes the slices as stacked at right angles; the positions say where they are (gantry tilt).
-        affine[:3, 2] = LPS_TO_RAS[:3, :3] @ step
-    return array, affine, modality
-
-
-def _order_slices(files, headers: list[dict[str, str]], path: Path) -> tuple[list[str], np.ndarray]:
-    """Files in the order of their positions, and the step in mm (LPS) from one slice to the next."""
-    try:
-        positions = _numbers(headers, DICOM_POSITION, 3)  # (slices, 3)
-        orientations = _numbers(headers, DICOM_ORIENTATION, 6)  # (slices, 6)
-    except (KeyError, ValueError):
-        raise ScanError(
-            f"{path}: some of its {len(files)} DICOM files have no slice position; give one 3-D series (not a "
-            "photograph, report or projection)"
-        ) from None
-    if np.abs(orientations - orientations[0]).max() > 1e-3:
-        raise ScanError(
-            f"{path}: its slices have different orientations (a localiser?); give a series of parallel slices"
-        )
-    heights = positions @ np.cross(orientations[0, :3], orientations[0, 3:])  # (slices,) mm along the normal
-    order = np.argsort(heights, kind="stable")
-    gaps = np.diff(heights[order])
-    typical = float(np.median(gaps))
-    if (gaps < SLICE_TOLERANCE * typical).any() or typical <= 0:
-        raise ScanError(
-            f"{path}: several slices at the same position (time points or echoes?); give the files of one 3-D volume"
-        )
-    wrong = np.flatnonzero(np.abs(gaps - typical) > SLICE_TOLERANCE * typical)
-    if wrong.size:
-        raise ScanError(
-            f"{path}: slices are not evenly spaced: {gaps[wrong[0]]:.4g} mm after {Path(files[order[wrong[0]]]).name}, "
-            f"{typical:.4g} mm elsewhere; export the complete series, or resample it to even spacing"
-        )
-    step = (positions[order[-1]] - positions[order[0]]) / (len(files) - 1)
-    return [files[index] for index in order], step
-
-
-def _numbers(headers: list[dict[str, str]], tag: str, count: int) -> np.ndarray:
-    """The numbers of a tag: (slices, count).
-
-    Raises:
-        KeyError, ValueError: When a slice has not that many finite ones.
-    """
-    numbers = np.array([[float(number) for number in header[tag].split("\\")] for header in headers])
-    if not np.isfinite(numbers).all():
-        raise ValueError(f"{tag} is not finite")
-    return numbers.reshape(len(headers), count)
-
-
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What matters of a library's message: nibabel's first line; of ITK's, the last that gives an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if not isinstance(error, RuntimeError):

@@ -123,6 +123,17 @@ def write_image(path: Path) -> None:
     sitk.WriteImage(sitk.Cast(image(), sitk.sitkUInt16), str(path))
 
 
+def packed_dicom() -> bytes:
+    def write(path: Path) -> None:
+        writer = sitk.ImageFileWriter()
+        writer.SetFileName(str(path))
+        writer.UseCompressionOn()
+        writer.SetCompressor("JPEG")
+        writer.Execute(sitk.Cast(image(), sitk.sitkUInt16))
+
+    return written(".dcm", write)
+
+
 def store_entry() -> bytes:
     entry = {
         "id": "scan-0123abcd",
@@ -258,4 +269,5 @@ PARSERS = {
     "MetaImage": Parser("scan.mha", lambda: itk(".mha"), load_volume),
     "MetaImage, header": Parser("scan.mhd", lambda: itk(".mhd"), load_volume, lambda: {"file.raw": bytes(240)}),
     "DICOM": Parser("scan.dcm", lambda: itk(".dcm"), load_volume),
+    "DICOM, packed": Parser("scan.dcm", packed_dicom, load_volume),
 }

@@ -13,80 +13,7 @@ import SimpleITK as sitk
 
 from medmim.errors import ScanError
 from medmim.volumes import Volume, load_volume
-
-SHAPE = (14, 9, 6)
-SPACING = (0.8, 1.5, 3.0)
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-
-def rotated_affine() -> np.ndarray:
-    """Index to RAS mm: 12 degrees about S, the first axis runs to the Left, the second to Posterior."""
-    angle = np.deg2rad(12)
-    rotation = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
-    affine = np.eye(4)
-    affine[:3, :3] = rotation @ np.diag([-1, -1, 1]) * SPACING
-    affine[:3, 3] = (11, -7, 40)
-    return affine
-
-
-def voxels(shape=SHAPE) -> np.ndarray:
-    """Every voxel has its own value, so that a wrong axis order cannot go unnoticed."""
-    return np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
-
-
-def itk_image(array: np.ndarray, affine: np.ndarray) -> sitk.Image:
-    image = sitk.GetImageFromArray(np.ascontiguousarray(array.transpose()))
-    lps = LPS_TO_RAS @ affine
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    image.SetSpacing(spacing.tolist())
-    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-    image.SetOrigin(lps[:3, 3].tolist())
-    return image
-
-
-def write_dicom(
-    folder, array, affine, *, uid="1.2.3.4", modality="CT", description="chest", skip=(), tilt=0.0, slopes=None
-):
-    """One file a slice, named against the order of the slices.
-
-    `tilt` shifts each slice along the rows by so many mm; with `slopes`, slice k holds array * slopes[k].
-    """
-    folder.mkdir(exist_ok=True)
-    image = itk_image(array, affine)
-    direction = np.reshape(image.GetDirection(), (3, 3))
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    for k in set(range(array.shape[2])) - set(skip):
-        piece = image[:, :, k]
-        position = np.array(image.TransformIndexToPhysicalPoint((0, 0, k))) + tilt * k * direction[:, 0]
-        tags = {
-            "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
-            "0008|0018": f"{uid}.{k + 1}",
-            "0008|0060": modality,
-            "0008|103e": description,
-            "0020|000d": "1.2.3",
-            "0020|000e": uid,
-            "0020|0032": "\\".join(f"{value:.6f}" for value in position),
-            "0020|0037": "\\".join(f"{value:.6f}" for value in direction[:, :2].T.ravel()),
-        }
-        if slopes:
-            tags |= {"0028|1052": "0", "0028|1053": str(slopes[k])}
-            tags |= {"0028|0100": "16", "0028|0101": "16", "0028|0102": "15", "0028|0103": "1"}
-            piece = sitk.Cast(piece, sitk.sitkFloat64) * slopes[k] if slopes[k] != 1 else piece
-        for key, value in tags.items():
-            piece.SetMetaData(key, value)
-        writer.SetFileName(str(folder / f"{uid}-{99 - k}.dcm"))
-        writer.Execute(piece)
-    return folder
-
-
-def save_nifti(path, array, affine=None, **header):
-    image = nib.Nifti1Image(array, rotated_affine() if affine is None else affine)
-    for key, value in header.items():
-        image.header[key] = value
-    nib.save(image, path)
-    return path
-
+from scans import SHAPE, SPACING, itk_image, rotated_affine, save_nifti, voxels, write_dicom
 
 # --- the same scan from every format ----------------------------------------------------------------------------------
 
@@ -105,49 +32,6 @@ def test_file_formats_agree(tmp_path, suffix):
     np.testing.assert_allclose(volume.spacing, SPACING, rtol=1e-6)
     assert volume.orientation == "LPS"
     assert (volume.path, volume.modality) == (path, None)
-
-
-@pytest.mark.parametrize("give", ["folder", "file"])
-def test_dicom_agrees(tmp_path, give):
-    folder = write_dicom(tmp_path / "series", voxels(), rotated_affine())
-    volume = load_volume(folder if give == "folder" else next(folder.iterdir()))
-    # GDCM sorts slices along the normal, which here is the order in which they were written.
-    np.testing.assert_array_equal(volume.array, voxels()[None])
-    np.testing.assert_allclose(volume.affine, rotated_affine(), atol=1e-4)
-    assert volume.modality == "CT"
-
-
-@pytest.mark.parametrize(("code", "modality"), [("MR", "MR"), ("PT", "PET"), ("US", None)])
-def test_dicom_modality(tmp_path, code, modality):
-    folder = write_dicom(tmp_path / "series", voxels(), np.eye(4), modality=code)
-    assert load_volume(folder).modality == modality
-
-
-def test_dicom_slices_may_have_a_scale_each(tmp_path):
-    slopes = [1, 0.5, 0.25, 0.5, 0.25, 0.5]
-    folder = write_dicom(tmp_path / "series", voxels(), np.eye(4), modality="PT", slopes=slopes)
-    np.testing.assert_allclose(load_volume(folder).array[0], voxels() * np.array(slopes))
-
-
-def test_dicom_gantry_tilt_is_in_the_affine(tmp_path):
-    folder = write_dicom(tmp_path / "series", voxels(), rotated_affine(), tilt=0.7)
-    expected = rotated_affine()
-    expected[:3, 2] += 0.7 * expected[:3, 0] / SPACING[0]
-    np.testing.assert_allclose(load_volume(folder).affine, expected, atol=1e-4)
-
-
-def test_dicom_localiser_beside_the_series_is_passed_over(tmp_path):
-    folder = write_dicom(tmp_path / "series", voxels(), rotated_affine())
-    write_dicom(folder, voxels()[:, :, :1], np.eye(4), uid="1.2.9", description="scout")
-    assert load_volume(folder).array.shape == (1, *SHAPE)
-
-
-def test_dicom_file_picks_its_series_out_of_several(tmp_path):
-    folder = write_dicom(tmp_path / "series", voxels(), rotated_affine())
-    write_dicom(folder, voxels() + 1, rotated_affine(), uid="1.2.9", modality="MR")
-    volume = load_volume(folder / "1.2.9-99.dcm")
-    assert volume.modality == "MR"
-    np.testing.assert_array_equal(volume.array[0], voxels() + 1)
 
 
 def test_nifti_scale_factors_are_applied(tmp_path):

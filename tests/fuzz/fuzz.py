@@ -19,9 +19,7 @@ from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).parent
 COUNTS = "MEDMIM_FUZZ_COUNTS"  # names the file that a fuzzing process writes what it saw to
-# Of a process, torch and all (GDCM takes the memory that an element of a DICOM file says it needs, up to 4 GiB, before
-# it looks whether the file is that long); of one input.
-MEMORY_MB, SECONDS = 8192, 20
+MEMORY_MB, SECONDS = 2048, 20  # of a process, torch and all; of one input
 
 
 def fuzz(name: str, arguments: list[str]) -> None:

@@ -1,0 +1,309 @@
+"""Read one DICOM series: a file a slice, or all slices as the frames of one file.
+
+pydicom reads the files; ITK sees compressed frames alone (see `codecs`). Its own reader, GDCM, takes the memory that
+any element says it needs, before it looks how long the file is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medmim.codecs import decode
+from medmim.errors import ScanError
+from medmim.limits import DEFLATION
+from medmim.volumes import LPS_TO_RAS, check_claim, one_line
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PET"}
+
+# Slice distances are written with few decimals; a missing slice is off by 100 %.
+SLICE_TOLERANCE = 0.1
+
+# Elements that are read; others are passed over.
+SERIES = ("SeriesInstanceUID", "SeriesDescription", "Modality")
+PIXELS = (
+    *("SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+)
+VALUES = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+SCALE = {"RescaleSlope": 1.0, "RescaleIntercept": 0.0}  # and what is meant where they are missing
+# In files of several frames, where elements are that otherwise stand at the top: in these groups of these sequences.
+GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
+GROUP_OF = {
+    "ImagePositionPatient": "PlanePositionSequence",
+    "ImageOrientationPatient": "PlaneOrientationSequence",
+    "PixelSpacing": "PixelMeasuresSequence",
+    "RescaleSlope": "PixelValueTransformationSequence",
+    "RescaleIntercept": "PixelValueTransformationSequence",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    """A frame of a file: where it lies (mm, LPS), and how its values become those of the scan."""
+
+    file: Path
+    frame: int
+    position: np.ndarray  # (3,): of the first voxel
+    orientation: np.ndarray  # (6,): the directions of growing columns and of growing rows
+    spacing: np.ndarray  # (2,): from row to row and from column to column
+    slope: float
+    intercept: float
+
+
+def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
+    """The array (D, H, W), affine and modality of a series, as `Volume` has them.
+
+    Args:
+        path: The folder that holds it, or one file of it.
+
+    Raises:
+        ScanError: When that is not one evenly spaced stack of grey slices, or cannot be read.
+    """
+    with _errors(path):
+        files = _only_series(path) if path.is_dir() else _series_of(path)
+        _check_pixels(files, path)
+        slices = [piece for file, header in files.items() for piece in _slices(file, header, path)]
+        slices, affine = _in_order(slices, path)
+        images: dict[_Slice, np.ndarray] = {}
+        for file, frames in _frames(files):
+            images |= {piece: _scaled(frames[piece.frame], piece) for piece in slices if piece.file == file}
+        array = np.stack([images[piece] for piece in slices])
+        modality = MODALITIES.get(next(iter(files.values())).get("Modality"))
+    # (slices, rows, columns) -> (columns, rows, slices)
+    return array.transpose(), LPS_TO_RAS @ affine, modality
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Turns whatever pydicom meets in a broken file into a `ScanError`, and keeps it from printing warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except ScanError:
+            raise
+        except Exception as error:  # there is no class of what a Python parser may raise
+            raise ScanError(f"{path}: cannot be read as DICOM ({one_line(error)}); copy or export it again") from None
+
+
+def _header(path: Path) -> Dataset:
+    """What a file says of its series, its pixels and where they lie.
+
+    Raises:
+        ScanError: When it is no DICOM file.
+    """
+    return _read(path, (*SERIES, *PIXELS, *GROUP_OF, *GROUPS), stop_before_pixels=True)
+
+
+def _read(path: Path, keywords: tuple[str, ...], **kwargs) -> Dataset:
+    import pydicom
+    from pydicom.filereader import read_file_meta_info
+
+    with _errors(path):
+        if read_file_meta_info(path).get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+            raise ScanError(
+                f"{path}: deflated DICOM is not read, as it may be of any size once unpacked; save it plain"
+            )
+        return pydicom.dcmread(path, specific_tags=list(keywords), **kwargs)
+
+
+def _only_series(folder: Path) -> dict[Path, Dataset]:
+    series = _series(folder)
+    if not series:
+        raise ScanError(f"{folder}: holds no DICOM files; give a scan, or the folder that directly holds one series")
+    # A localiser beside the series is passed over.
+    volumes = {uid: files for uid, files in series.items() if len(files) > 1} or series
+    if len(volumes) > 1:
+        listed = "; ".join(_describe(uid, files) for uid, files in volumes.items())
+        raise ScanError(
+            f"{folder}: holds {len(volumes)} series, give one file of the one you want, or a folder with only that "
+            f"series: {listed}"
+        )
+    return next(iter(volumes.values()))
+
+
+def _series(folder: Path) -> dict[str, dict[Path, Dataset]]:
+    """The images in a folder by the UID of their series: files and their headers."""
+    series: dict[str, dict[Path, Dataset]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            try:
+                with _errors(path):
+                    header = _header(path)
+                    if "Rows" in header:  # or it is a report, a structure, or a list of the other files
+                        series.setdefault(_uid(header), {})[path] = header
+            except ScanError:  # of another format
+                continue
+    return series
+
+
+def _series_of(path: Path) -> dict[Path, Dataset]:
+    """The series that a file is part of."""
+    header = _header(path)
+    return _series(path.parent).get(_uid(header), {path: header})
+
+
+def _uid(header: Dataset) -> str:
+    return str(header.get("SeriesInstanceUID"))
+
+
+def _describe(uid: str, files: dict[Path, Dataset]) -> str:
+    path, header = next(iter(files.items()))
+    description = header.get("SeriesDescription") or "no description"
+    return f"{path.name} ({description}, {header.get('Modality', '?')}, {len(files)} files, UID {uid})"
+
+
+# --- slices -----------------------------------------------------------------------------------------------------------
+
+
+def _check_pixels(files: dict[Path, Dataset], path: Path) -> None:
+    """Refuses colours, slices of different sizes, and more voxels than the files can hold."""
+    headers = list(files.values())
+    samples = max(int(header.get("SamplesPerPixel") or 1) for header in headers)
+    if samples > 1:
+        raise ScanError(f"{path}: holds {samples} values a voxel (colour); give a scan")
+    sizes = {(int(header.Rows), int(header.Columns)) for header in headers}
+    if len(sizes) > 1:
+        raise ScanError(f"{path}: its slices have different sizes; give the files of one 3-D series")
+    room = sum(file.stat().st_size for file in files) * DEFLATION  # of compressed ones; others are checked when read
+    check_claim((sum(_count(header) for header in headers), *sizes.pop()), room, path, "DICOM")
+
+
+def _count(header: Dataset) -> int:
+    return int(header.get("NumberOfFrames") or 1)
+
+
+def _slices(file: Path, header: Dataset, path: Path) -> Iterator[_Slice]:
+    """The slices of a file.
+
+    Raises:
+        ScanError: When it does not say where they lie.
+    """
+    per_frame, shared = (header.get(keyword) or [] for keyword in GROUPS)
+    for frame in range(_count(header)):
+        places = [header] if not per_frame else [per_frame[frame], *shared, header]
+        try:
+            position, orientation, spacing = (
+                np.array([float(number) for number in _find(keyword, places)]).reshape(count)
+                for keyword, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2))
+            )
+            scale = [float(_find(keyword, places, default)) for keyword, default in SCALE.items()]
+            finite = all(np.isfinite(numbers).all() for numbers in (position, orientation, spacing, scale))
+        except (TypeError, ValueError):
+            finite = False
+        if not finite:
+            raise ScanError(
+                f"{path}: {file.name} does not say where its slices lie; give one 3-D series (not a photograph, report "
+                "or projection)"
+            )
+        yield _Slice(file, frame, position, orientation, spacing, *scale)
+
+
+def _find(keyword: str, places: list[Dataset], default: float | None = None) -> Any:
+    """An element from the first of some data sets that has it, at the top or in its functional group."""
+    for place in places:
+        for holder in (place, *(place.get(GROUP_OF[keyword]) or [])):
+            if holder.get(keyword) is not None:
+                return holder[keyword].value
+    return default
+
+
+def _in_order(slices: list[_Slice], path: Path) -> tuple[list[_Slice], np.ndarray]:
+    """Slices in the order of their positions, and the affine in mm (LPS) of (column, row, slice)."""
+    first = slices[0]
+    if any(np.abs(piece.orientation - first.orientation).max() > 1e-3 for piece in slices):
+        raise ScanError(
+            f"{path}: its slices have different orientations (a localiser?); give a series of parallel slices"
+        )
+    columns, rows = first.orientation[:3], first.orientation[3:]
+    normal = np.cross(columns, rows)
+    slices = sorted(slices, key=lambda piece: piece.position @ normal)
+    first, last = slices[0], slices[-1]
+    step = normal
+    if len(slices) > 1:
+        _check_gaps(slices, normal, path)
+        # The positions say where slices are, which with gantry tilt is not along the normal.
+        step = (last.position - first.position) / (len(slices) - 1)
+    affine = np.eye(4)
+    affine[:3] = np.stack([columns * first.spacing[1], rows * first.spacing[0], step, first.position], axis=1)
+    return slices, affine
+
+
+def _check_gaps(slices: list[_Slice], normal: np.ndarray, path: Path) -> None:
+    gaps = np.diff([piece.position @ normal for piece in slices])
+    typical = float(np.median(gaps))
+    if (gaps < SLICE_TOLERANCE * typical).any() or typical <= 0:
+        raise ScanError(
+            f"{path}: several slices at the same position (time points or echoes?); give the files of one 3-D volume"
+        )
+    wrong = np.flatnonzero(np.abs(gaps - typical) > SLICE_TOLERANCE * typical)
+    if wrong.size:
+        raise ScanError(
+            f"{path}: slices are not evenly spaced: {gaps[wrong[0]]:.4g} mm after {slices[wrong[0]].file.name}, "
+            f"{typical:.4g} mm elsewhere; export the complete series, or resample it to even spacing"
+        )
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _frames(files: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+    """Each file with its values as stored: (frames, rows, columns); compressed ones last."""
+    with tempfile.TemporaryDirectory(prefix="medmim-dicom-") as folder:
+        packed: dict[Path, Path] = {}
+        for file in files:
+            data = _read(file, (*PIXELS, *VALUES))
+            if data.file_meta.TransferSyntaxUID.is_encapsulated:
+                packed[file] = Path(folder) / f"{len(packed)}.dcm"
+                _write_pixels(data, packed[file])
+            else:
+                yield file, data.pixel_array.reshape(-1, int(data.Rows), int(data.Columns))
+        if packed:
+            decode(packed.values())
+        for file, copy in packed.items():
+            yield file, np.load(copy.with_suffix(".npy"), allow_pickle=False)
+
+
+def _write_pixels(data: Dataset, file: Path) -> None:
+    """A file with the compressed frames of another one, and nothing else."""
+    from pydicom import Dataset
+    from pydicom.encaps import encapsulate, generate_frames
+    from pydicom.uid import MultiFrameGrayscaleWordSecondaryCaptureImageStorage, generate_uid
+
+    frames = list(generate_frames(data.PixelData, number_of_frames=_count(data)))
+    alone = Dataset()
+    alone.update({data[keyword].tag: data[keyword] for keyword in PIXELS if keyword in data})
+    alone.SOPClassUID = MultiFrameGrayscaleWordSecondaryCaptureImageStorage  # of which ITK takes the values as stored
+    alone.SOPInstanceUID = generate_uid()
+    alone.NumberOfFrames = len(frames)
+    alone.PixelData = encapsulate(frames)
+    alone["PixelData"].VR, alone["PixelData"].is_undefined_length = "OB", True
+    alone.ensure_file_meta()
+    alone.file_meta.TransferSyntaxUID = data.file_meta.TransferSyntaxUID
+    alone.save_as(file, enforce_file_format=True)
+
+
+def _scaled(frame: np.ndarray, piece: _Slice) -> np.ndarray:
+    """A slice in the units of the scan: in integers where it is one of integers, else in float32."""
+    if (piece.slope, piece.intercept) == (1.0, 0.0):
+        return frame
+    if piece.slope.is_integer() and piece.intercept.is_integer() and frame.dtype.kind in "iu":
+        ends = [int(value) * int(piece.slope) + int(piece.intercept) for value in (frame.min(), frame.max())]
+        for kind in (np.int16, np.int32):
+            if all(np.iinfo(kind).min <= value <= np.iinfo(kind).max for value in ends):
+                return (frame.astype(np.int64) * int(piece.slope) + int(piece.intercept)).astype(kind)
+    return frame.astype(np.float32) * np.float32(piece.slope) + np.float32(piece.intercept)
