@@ -85,6 +85,7 @@ def _head(runner: Runner, done: int) -> str:
         "the crops, and which cases are labelled; pretraining was run once a variant, so its own chance is not in the "
         "intervals. Differences are paired by seed, with 95 % intervals by Student's t. There are many comparisons and "
         "none is corrected for: of twenty without a real difference, about one will look like one.",
+        "CPU times are those of the machine that each run was done on, which need not be one and the same.",
     ]
     return "\n\n".join(lines)
 
