@@ -19,12 +19,12 @@ import numpy as np
 from medmim.codecs import decode
 from medmim.errors import ScanError
 from medmim.limits import DEFLATION
-from medmim.volumes import LPS_TO_RAS, check_claim, one_line
+from medmim.volumes import DICOM_SUFFIX, LPS_TO_RAS, check_claim, one_line
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PET"}
+MODALITIES = {"PT": "PET"}  # of DICOM, whose names for others are those used here
 
 # Slice distances are written with few decimals; a missing slice is off by 100 %.
 SLICE_TOLERANCE = 0.1
@@ -79,9 +79,9 @@ def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
         for file, frames in _frames(files):
             images |= {piece: _scaled(frames[piece.frame], piece) for piece in slices if piece.file == file}
         array = np.stack([images[piece] for piece in slices])
-        modality = MODALITIES.get(next(iter(files.values())).get("Modality"))
+        modality = next(iter(files.values())).get("Modality")
     # (slices, rows, columns) -> (columns, rows, slices)
-    return array.transpose(), LPS_TO_RAS @ affine, modality
+    return array.transpose(), LPS_TO_RAS @ affine, MODALITIES.get(modality, modality)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def _only_series(folder: Path) -> dict[Path, Dataset]:
     series = _series(folder)
     if not series:
         raise ScanError(f"{folder}: holds no DICOM files; give a scan, or the folder that directly holds one series")
-    # A localiser beside the series is passed over.
-    volumes = {uid: files for uid, files in series.items() if len(files) > 1} or series
+    # A localiser of one slice beside the series is passed over.
+    volumes = {uid: files for uid, files in series.items() if sum(map(_count, files.values())) > 1} or series
     if len(volumes) > 1:
         listed = "; ".join(_describe(uid, files) for uid, files in volumes.items())
         raise ScanError(
@@ -137,18 +137,29 @@ def _only_series(folder: Path) -> dict[Path, Dataset]:
 
 
 def _series(folder: Path) -> dict[str, dict[Path, Dataset]]:
-    """The images in a folder by the UID of their series: files and their headers."""
+    """The images in a folder by the UID of their series: files and their headers.
+
+    Raises:
+        ScanError: For a DICOM file that is damaged: without it, the scan could be a slice short.
+    """
     series: dict[str, dict[Path, Dataset]] = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file():
-            try:
-                with _errors(path):
-                    header = _header(path)
-                    if "Rows" in header:  # or it is a report, a structure, or a list of the other files
-                        series.setdefault(_uid(header), {})[path] = header
-            except ScanError:  # of another format
-                continue
+        if path.is_file() and not path.name.startswith(".") and _is_dicom(path):
+            header = _header(path)
+            with _errors(path):
+                if "Rows" in header:
+                    series.setdefault(_uid(header), {})[path] = header
+                elif "Image" in header.file_meta.MediaStorageSOPClassUID.name:
+                    raise ScanError(f"{path}: cannot be read as DICOM (it ends in its header); copy or export it again")
+                # Else it is a report, a structure, or a list of the other files.
     return series
+
+
+def _is_dicom(path: Path) -> bool:
+    """Whether a file says that it is DICOM, or is nothing that it could be taken for."""
+    with open(path, "rb") as file:
+        start = file.read(132)
+    return path.name.lower().endswith(DICOM_SUFFIX) or start[128:] == b"DICM" or not start
 
 
 def _series_of(path: Path) -> dict[Path, Dataset]:

@@ -236,14 +236,24 @@ def labels_on_grid(labels: Volume, *, like: MetaTensor) -> torch.Tensor:
     Raises:
         ScanError: When the labels do not have the scan's shape and place.
     """
-    shape, affine = tuple(like.meta["original_shape"]), np.asarray(like.meta["original_affine"])
+    check_labels_place(
+        labels, shape=tuple(like.meta["original_shape"]), affine=np.asarray(like.meta["original_affine"])
+    )
+    source = MetaTensor(torch.from_numpy(labels.array.astype(np.float32)), affine=torch.as_tensor(labels.affine))
+    return _resample_to(source, like.affine, like.shape[1:], mode="nearest")[0].as_tensor()
+
+
+def check_labels_place(labels: Volume, *, shape: tuple[int, ...], affine: np.ndarray) -> None:
+    """Refuses labels that have not the shape (D, H, W) and the affine (4, 4) of their scan.
+
+    Raises:
+        ScanError: With what differs.
+    """
     if labels.array.shape[1:] != shape or not np.allclose(labels.affine, affine, atol=LABEL_TOLERANCE):
         raise ScanError(
             f"{labels.name}: does not lie on its scan ({labels.array.shape[1:]} voxels for {shape}, or another affine)"
             "; resample it to the scan"
         )
-    source = MetaTensor(torch.from_numpy(labels.array.astype(np.float32)), affine=torch.as_tensor(labels.affine))
-    return _resample_to(source, like.affine, like.shape[1:], mode="nearest")[0].as_tensor()
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Volume:
         array: (C, D, H, W) real finite numbers in the file's index order and stored type, in the units of the scan.
         affine: (4, 4) float64, voxel index to mm in RAS space.
         path: The file or folder it came from.
-        modality: "CT", "MR" or "PET" where the header says so (DICOM does).
+        modality: "CT", "MR", "PET" or what else the header says (DICOM's does); None where it says nothing.
     """
 
     array: np.ndarray
@@ -107,7 +107,7 @@ def load_volume(path: str | Path) -> Volume:
     elif path.name.lower().endswith(NIFTI_SUFFIXES):
         array, affine = _read_nifti(path)
     elif path.name.lower().endswith(ITK_SUFFIXES):
-        array, affine, modality = *_readitk_errors(path), None
+        array, affine = _read_itk(path)
     elif path.name.lower().endswith(DICOM_SUFFIX):
         array, affine, modality = read_dicom(path)
     else:
@@ -272,7 +272,7 @@ def _check_nifti_spacing(image, path: Path) -> None:
 
 
 @contextmanager
-def itk_errors(path: Path, format_name: str) -> Iterator[None]:
+def _itk(path: Path, format_name: str) -> Iterator[None]:
     """Keeps ITK from printing warnings, and turns its errors into a `ScanError`."""
     import SimpleITK as sitk
 
@@ -288,12 +288,12 @@ def itk_errors(path: Path, format_name: str) -> Iterator[None]:
         sitk.ProcessObject.SetGlobalWarningDisplay(warnings)
 
 
-def _readitk_errors(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK as sitk
 
     format_name = "NRRD" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImage"
     data = _data_file(path, format_name)
-    with itk_errors(path, format_name):
+    with _itk(path, format_name):
         reader = sitk.ImageFileReader()
         reader.SetImageIO("NrrdImageIO" if format_name == "NRRD" else "MetaImageIO")
         reader.SetFileName(str(path))

@@ -26,7 +26,7 @@ def test_dicom_agrees(tmp_path, give):
     assert volume.modality == "CT"
 
 
-@pytest.mark.parametrize(("code", "modality"), [("MR", "MR"), ("PT", "PET"), ("US", None)])
+@pytest.mark.parametrize(("code", "modality"), [("MR", "MR"), ("PT", "PET"), ("US", "US")])
 def test_dicom_modality(tmp_path, code, modality):
     folder = write_dicom(tmp_path / "series", voxels(), np.eye(4), modality=code)
     assert load_volume(folder).modality == modality
@@ -175,7 +175,8 @@ def colour(folder):
 
 
 def a_photograph(folder):
-    return EXAMPLES / "examples_palette.dcm"
+    shutil.copy(EXAMPLES / "examples_palette.dcm", folder)
+    return folder / "examples_palette.dcm"
 
 
 def cut_short(folder):
@@ -191,6 +192,26 @@ def a_damaged_frame(folder):
     return series
 
 
+def an_empty_slice(folder):
+    series = stack(folder / "series", EXAMPLES / "MR_small.dcm")
+    (series / "2.dcm").write_bytes(b"")
+    return series
+
+
+def a_slice_cut_in_its_header(folder):
+    series = stack(folder / "series", EXAMPLES / "MR_small.dcm")
+    (series / "2.dcm").rename(series / "2")
+    (series / "2").write_bytes((series / "2").read_bytes()[:700])
+    return series
+
+
+def frames_beside_scouts(folder):
+    stack(folder / "series", EXAMPLES / "MR_small.dcm", slices=2)
+    image = sitk.Cast(itk_image(voxels(), rotated_affine()), sitk.sitkUInt16)
+    sitk.WriteImage(image, str(folder / "series" / "frames.dcm"))
+    return folder / "series"
+
+
 def a_report(folder):
     shutil.copy(EXAMPLES / "test-SR.dcm", folder)
     return folder
@@ -203,6 +224,9 @@ REFUSED = {
     a_photograph: "does not say where its slices lie",
     cut_short: "cannot be read as DICOM",
     a_damaged_frame: r"cannot be read as DICOM \(Failed",
+    an_empty_slice: r"2\.dcm: cannot be read as DICOM",
+    a_slice_cut_in_its_header: r"2: cannot be read as DICOM \(it ends in its header",
+    frames_beside_scouts: "2 series",
     a_report: "holds no DICOM files",
 }
 

@@ -6,8 +6,10 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import sys
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -27,9 +29,18 @@ from medmim_training.engine import NonFiniteLossError
 from medmim_training.preemption import Preempted
 from medmim_training.recipe import list_recipes, load_recipe
 from medmim_training.tasks import classification, segmentation
-from medmim_training.tasks.cases import LoadedCase, choose, find_cases, find_classes, load_case, pad_around, split_cases
+from medmim_training.tasks.cases import (
+    LoadedCase,
+    choose,
+    find_cases,
+    find_classes,
+    load_case,
+    pad_around,
+    split_cases,
+    with_splits,
+)
 from medmim_training.tasks.crops import LabelledCrops
-from medmim_training.tasks.evaluation import cases_of, evaluate_run
+from medmim_training.tasks.evaluation import cases_of, evaluate_run, evaluate_segmenter
 from medmim_training.tasks.finetuning import finetune
 from medmim_training.tasks.loop import Run
 from medmim_training.tasks.metrics import bootstrap_interval, mean_of_cases, score_case
@@ -236,6 +247,39 @@ def test_what_is_wrong_with_the_data_is_said(data, tmp_path):
         find_classes(data, ())
 
 
+FOUR = "case,fold,split\ncase_0,0,train\ncase_1,1,train\ncase_2,0,train\ncase_3,,test\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (FOUR.replace("test", "testing"), "the split of case_3 is 'testing', which is none of train, training, val"),
+        (FOUR.replace("case_2,0", "case_2,"), "gives case_2 no fold, as it does others"),
+        (FOUR + "case_3,0,train\n", "has two rows for case_3"),
+        (FOUR.replace("case_1,1", "case_1,one"), "the fold of case_1 is 'one', not a number"),
+        (FOUR.replace("case_1", ""), "row 2 has nothing in the column case"),
+        (FOUR.replace("train", "tr\u00e4in").encode("latin-1"), "not readable as CSV in UTF-8"),
+    ],
+)
+def test_a_split_that_is_not_clear_is_refused(data, tmp_path, text, message):
+    """Whatever it means, nobody who is kept for the test may train for want of a word."""
+    cases = [case for case in find_cases(data) if case.name in FOUR]
+    path = tmp_path / "s.csv"
+    path.write_bytes(FOUR.encode("utf-8-sig").replace(b"test", b" Test"))  # as spreadsheets and people write it
+    assert [case.is_test for case in with_splits(cases, None, path, source="x")] == [False] * 3 + [True]
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SpecError, match=rf"s\.csv: .*{message}"):
+        with_splits(cases, None, path, source="x")
+
+
+def test_two_cases_of_one_name_are_refused(data, tmp_path):
+    """Or the word of one would count for both, and the test scan of one train."""
+    rows = "".join(f"{side}/img.nii.gz,{side}/label.nii.gz,{side}\n" for side in ("test", "train"))
+    (tmp_path / "list.csv").write_text("image,label,split\n" + rows)
+    with pytest.raises(SpecError, match=r"list\.csv: two cases are called img; give each a name"):
+        find_cases(tmp_path / "list.csv")
+
+
 def test_classes_of_the_decathlon(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "2": "box", "1": "ball"}}))
     assert find_classes(tmp_path, ()) == CLASSES
@@ -435,6 +479,39 @@ def test_a_killed_run_resumes_bit_for_bit(finished, recipe, tmp_path, step):
     ]
 
 
+def test_the_best_model_is_there_when_a_run_is_killed_beside_its_first_checkpoint(recipe, tmp_path, monkeypatch):
+    """Whatever is killed between the checkpoint and the name of the best, later validations may all be worse."""
+    rename = os.replace
+
+    def killed(source, target):
+        rename(source, target)
+        if str(target).endswith("step-00000004.pt"):
+            raise Interrupted
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(Interrupted):
+        finetune(recipe, tmp_path)
+    assert torch.load(tmp_path / "checkpoints/best.pt", weights_only=True)["step"] == 4
+
+
+def test_a_run_keeps_its_cases(finished, data, tmp_path):
+    """With other cases, those that trained could validate: folds that are drawn change with each case that is added."""
+    copied = shutil.copytree(data, tmp_path / "data")
+    recipe = make_recipe(copied, schedule={"steps": 2}, output={"checkpoint_every": 2})
+    finetune(recipe, tmp_path / "run")
+    text = (copied / "subjects.csv").read_text()
+    (copied / "subjects.csv").write_text(text.replace("s4,0,train", "s4,1,train").replace("s5,1,train", "s5,0,train"))
+    with pytest.raises(SpecError, match=r"split\.json: the run began with other cases for training, validation"):
+        finetune(recipe, tmp_path / "run")
+    with pytest.raises(
+        SpecError, match=r"split\.json: the run has seen case_5, which the data now keeps for validation"
+    ):
+        evaluate_run(tmp_path / "run", "validation")
+    (copied / "subjects.csv").write_text(text.replace("s4,0,train", "s4,0,test"))
+    with pytest.raises(SpecError, match=r"split\.json: the run has seen case_4, which the data now keeps for test"):
+        evaluate_run(tmp_path / "run")
+
+
 def test_sigterm_saves_and_the_run_goes_on(finished, recipe, tmp_path):
     def terminate(report):
         if report.step == 4:
@@ -497,6 +574,8 @@ def test_what_cannot_be_run_is_said(recipe, data, finished, tmp_path, monkeypatc
         finetune(make_recipe(data, seed=1), finished[1])
     with pytest.raises(SpecError, match="give volume= in the recipe"):
         finetune(make_recipe(data, volume=None), tmp_path / "volume")
+    with pytest.raises(SpecError, match="precision fp16 needs a GPU"):
+        finetune(make_recipe(data, precision="fp16"), tmp_path / "fp16")
     with pytest.raises(SpecError, match="adamx"):
         finetune(make_recipe(data, optimizer={"lr": 1e-3, "name": "adamx"}), tmp_path / "optimizer")
     build = segmentation.build_segmenter
@@ -546,6 +625,20 @@ def test_test_cases_are_scored_in_their_own_voxels(finished, data, tmp_path, mon
     means = json.loads((tmp_path / "test.json").read_text())
     assert means["cases"] == 1
     assert means["results"]["mean"]["dice"][0] == pytest.approx(np.mean([float(row["dice"]) for row in rows]), abs=1e-5)
+
+
+def test_labels_are_checked_in_the_last_evaluation_as_in_training(finished, data, tmp_path):
+    (case,) = (case for case in find_cases(data) if case.is_test)
+    stored = nib.load(case.label)
+    flipped = nib.Nifti1Image(np.asarray(stored.dataobj)[::-1], stored.affine @ np.diag([-1.0, 1, 1, 1]))
+    halves = nib.Nifti1Image(np.asarray(stored.dataobj) * np.float32(0.5), stored.affine)
+    for image, message in (
+        (flipped, "does not lie on its scan"),
+        (halves, r"labels must be 0 to 2.* holds 0, 0\.5, 1"),
+    ):
+        nib.save(image, tmp_path / "label.nii.gz")
+        with pytest.raises(ScanError, match=rf"label\.nii\.gz: {message}"):
+            evaluate_segmenter(finished[0], [replace(case, label=tmp_path / "label.nii.gz")])
 
 
 def test_what_cannot_be_tested_is_said(recipe, data, tmp_path):

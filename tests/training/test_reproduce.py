@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 
@@ -18,7 +19,7 @@ from medmim.errors import SpecError
 from medmim_training import cli
 from medmim_training.fetch import FetchError, fetch_data
 from medmim_training.plan import make_plan
-from medmim_training.preemption import Preempted
+from medmim_training.preemption import Preempted, stop_requests
 from medmim_training.reproduce import page, runner
 from medmim_training.reproduce.experiment import (
     Experiment,
@@ -118,16 +119,32 @@ def test_only_some_tables(runs):
         ({"start": "s", "agains": "x"}, r"tables\.a\.rows\.x\.agains is no key of a recipe; did you mean 'against'"),
         ({"start": "s", "against": "y"}, "'x' is compared with 'y', which is no other row of its table"),
         ({}, r"tables\.a\.rows\.x\.start: Field required"),
+        ({"start": "s", "same_time_as": "z"}, "'x' takes the time of 'z', which takes another one's"),
     ],
 )
 def test_mistakes_are_named(row, message, experiment, tmp_path):
     path = tmp_path / "e.yaml"
-    table = {"title": "t", "paper": "p", "seeds": 1, "rows": {"x": row}}
+    table = {"title": "t", "paper": "p", "seeds": 1, "rows": {"x": row, "z": {"start": "s", "same_time_as": "x"}}}
     path.write_text(json.dumps({**experiment.model_dump(mode="json"), "tables": {"a": table}}))
     with pytest.raises(SpecError, match=message):
         load_experiment(str(path))
     with pytest.raises(SpecError, match="there is no experiment 'paper-smal'; nearest: paper-small"):
         load_experiment("paper-smal")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"start": "maee"}, "'maee' is neither scratch, mae, simmim, .* nor a model with weights"),
+        ({"start": "scratch", "overrides": ["fold=1"]}, "rows of an experiment must have one fold and one split file"),
+    ],
+)
+def test_rows_that_cannot_be_compared_are_refused(row, message, experiment, shapes, tmp_path):
+    first = next(iter(experiment.tables.values()))
+    rows = {"scratch": first.rows["scratch"], "x": type(first.rows["scratch"]).model_validate(row)}
+    changed = experiment.model_copy(update={"tables": {"methods": first.model_copy(update={"rows": rows})}})
+    with pytest.raises(SpecError, match=message):
+        Runner(changed, shapes, tmp_path)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -218,6 +235,26 @@ def test_sigterm_between_steps_and_between_runs(pretend, experiment, shapes, tmp
     with pytest.raises(Preempted, match="saved"):
         grid.run()
     assert "failed" not in status(tmp_path).values()
+
+
+def test_runs_of_other_cases_are_not_gone_on_with(pretend, experiment, shapes, tmp_path):
+    data = shutil.copytree(shapes, tmp_path / "data")
+    Runner(experiment, data, tmp_path / "out", smoke=True, only=["peers"]).run()
+    text = (data / "subjects.csv").read_text()
+    header, first, *others = text.splitlines()
+    (data / "subjects.csv").write_text("\n".join([header, first.rpartition(",")[0] + ",test", *others]) + "\n")
+    with pytest.raises(SpecError, match=r"split\.json: the run began with other cases for"):
+        Runner(experiment, data, tmp_path / "out", smoke=True, only=["peers"]).run()
+
+
+def test_a_signal_is_heard_by_all_that_wait_for_one():
+    with stop_requests() as outer:
+        with stop_requests() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert inner.is_set()
+        assert outer.is_set()
+    with stop_requests() as later:
+        assert not later.is_set()
 
 
 def test_peers_get_the_time_of_the_other_and_keep_it(pretend, experiment, shapes, tmp_path, monkeypatch):

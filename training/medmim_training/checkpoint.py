@@ -38,8 +38,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     try:
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
-        if best:
-            _link(path, folder / BEST)
+            if best:  # before there is a checkpoint that says so, or a run killed in between would never have it
+                _link(temporary, folder / BEST)
     # torch's archive writer turns a failed write into a RuntimeError.
     except (OSError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,7 +26,7 @@ from medmim_training.checkpoint import load_latest, save_checkpoint
 from medmim_training.loading import batches
 from medmim_training.methods import MethodOutput, create_method
 from medmim_training.optimization import create_optimizer, create_schedule
-from medmim_training.precision import resolve_precision
+from medmim_training.precision import usable_precision
 from medmim_training.preemption import Preempted, stop_requests
 from medmim_training.recipe import Recipe
 from medmim_training.record import Clock, Meter, MetricsLog, Report, claim, write_record
@@ -141,9 +141,7 @@ class _Run:
         self.meter = Meter(self.start, steps=recipe.schedule.steps, batch_size=recipe.batch_size, clock=self.clock)
 
     def _accelerator(self) -> Accelerator:
-        recipe, precision = self.recipe, resolve_precision(self.recipe.precision)
-        if precision == "fp16" and not torch.cuda.is_available():
-            raise SpecError(f"{recipe.name}: precision fp16 needs a GPU; precision=auto takes what this machine can do")
+        recipe, precision = self.recipe, usable_precision(self.recipe)
         if precision == "fp16" and self.sharded:
             raise SpecError(f"{recipe.name}: split weights are not trained in fp16; use precision=bf16")
         accelerator = Accelerator(

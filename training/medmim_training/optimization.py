@@ -36,6 +36,8 @@ def create_optimizer(method: nn.Module, settings: OptimizerSection) -> torch.opt
             param_group_fn=partial(_groups, settings=settings) if settings.layer_decay or settings.lr_scale else None,
             **extra,
         )
+    except SpecError:
+        raise
     except (ValueError, TypeError) as error:
         raise SpecError(f"optimizer: {error}; timm.optim.list_optimizers() has the names") from error
 

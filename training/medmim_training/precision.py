@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+
+from medmim.errors import SpecError
+
+if TYPE_CHECKING:
+    from medmim_training.recipe import RunRecipe
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,3 +26,15 @@ def resolve_precision(precision: Precision) -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"  # Ampere
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def usable_precision(recipe: RunRecipe) -> str:
+    """The number format of a run on this machine.
+
+    Raises:
+        SpecError: For fp16 on a CPU.
+    """
+    precision = resolve_precision(recipe.precision)
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise SpecError(f"{recipe.name}: precision fp16 needs a GPU; precision=auto takes what this machine can do")
+    return precision

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from medmim.errors import MedmimError
 
@@ -20,14 +21,29 @@ class Preempted(MedmimError):
 def stop_requests() -> Iterator[threading.Event]:
     """Yields an event that SIGTERM sets, in place of ending the process; what it did before is put back afterwards.
 
-    Outside of the main thread, where Python allows no handler, the event is never set.
+    Within another one, it is that one's event: whoever runs several things hears of it too. Outside of the main thread,
+    where Python allows no handler, the event is never set.
     """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
+    before = signal.getsignal(signal.SIGTERM)
+    if isinstance(before, _SetEvent):
+        yield before.event
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: event.set())
+    handler = _SetEvent()
+    if threading.current_thread() is not threading.main_thread():
+        yield handler.event
+        return
+    signal.signal(signal.SIGTERM, handler)
     try:
-        yield event
+        yield handler.event
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _SetEvent:
+    """What is done at a signal: an event is set."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.event.set()

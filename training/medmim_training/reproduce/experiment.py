@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from medmim.errors import SpecError
 from medmim.limits import read_text
+from medmim.registry import is_model
 from medmim.spec import Modality
 from medmim_training.recipe import (
     RECIPE_BYTES,
@@ -90,6 +91,8 @@ class Table(Section):
             for other in (row.against, row.same_time_as):
                 if other is not None and (other not in self.rows or other == name):
                     raise ValueError(f"row {name!r} is compared with {other!r}, which is no other row of its table")
+            if row.same_time_as is not None and self.rows[row.same_time_as].same_time_as is not None:
+                raise ValueError(f"row {name!r} takes the time of {row.same_time_as!r}, which takes another one's")
         return self
 
 
@@ -251,6 +254,10 @@ class _Plan:
             return f"model.name={start.id}", "model.pretrained=true"
         if row.start == SCRATCH:
             return "model.pretrained=false", *self.smoke.encoder
+        is_place = ":" in row.start  # hf-hub: or local-dir:
+        if not is_place and not is_model(row.start.partition(".")[0]):
+            known = (SCRATCH, *self.experiment.pretraining.variants)
+            raise SpecError(f"{row.start!r} is neither {', '.join(known)} nor a model with weights")
         return f"model.name={row.start}", "model.pretrained=true"
 
     def _task(self) -> Overrides:

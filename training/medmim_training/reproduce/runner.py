@@ -48,6 +48,7 @@ from medmim_training.store.sources import Source
 from medmim_training.tasks.cases import Split, find_cases, split_cases
 from medmim_training.tasks.evaluation import Side, evaluate_run, means_file, write_evaluation
 from medmim_training.tasks.finetuning import finetune
+from medmim_training.tasks.loop import SPLIT_FILE, claim_split
 from medmim_training.tasks.recipe import SegmentationRecipe
 
 MANIFEST, STORES = "manifest.json", "stores"
@@ -103,17 +104,18 @@ class Runner:
         self.runs = plan_runs(self.experiment, smoke=smoke)
         self.wanted = needed_for(self.runs, only)
         self.problems: dict[str, str] = {}
-        recipe = next(run.recipe for run in self.runs if isinstance(run, FineTuningRun))
-        self.split = _split(self.data, recipe)
+        self.split = _split(self.data, [run.recipe for run in self.runs if isinstance(run, FineTuningRun)])
 
     def run(self, watch: Callable[[Progress], None] = lambda progress: None) -> None:
         """Runs what is not done yet.
 
         Raises:
+            SpecError: When the runs that are there were of other cases.
             Preempted: After SIGTERM; the same command goes on.
             IncompleteError: At the end, when runs failed; the same command tries them again.
             CheckpointError: When the disk is full.
         """
+        claim_split(self.folder / SPLIT_FILE, self.split)
         self.problems.clear()
         total = len(self.wanted)
         for number, run in enumerate(self.wanted, start=1):
@@ -275,8 +277,11 @@ def seconds_a_step(recipe: SegmentationRecipe) -> float:
     return statistics.median(b - a for a, b in zip(times[UNTIMED_STEPS:], times[UNTIMED_STEPS + 1 :], strict=False))
 
 
-def _split(data: Path, recipe: SegmentationRecipe) -> Split:
-    split = split_cases(find_cases(data), recipe.fold, source=str(data))
+def _split(data: Path, recipes: Sequence[SegmentationRecipe]) -> Split:
+    """Who trains, validates and tests in all runs: pretraining sees the images of those who train."""
+    if len({(recipe.fold, recipe.splits) for recipe in recipes}) > 1:
+        raise SpecError("rows of an experiment must have one fold and one split file: pretraining is of one split")
+    split = split_cases(find_cases(data, recipes[0].splits), recipes[0].fold, source=str(data))
     if not split.test:
         raise SpecError(f"{data}: no case is for the test; give some the split test in subjects.csv")
     return split

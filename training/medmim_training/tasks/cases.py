@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,11 +21,11 @@ from torch import Tensor
 from medmim.errors import ScanError, SpecError
 from medmim.layers.tokens import Size
 from medmim.transforms import VolumeTransform, labels_on_grid
-from medmim.volumes import NIFTI_SUFFIXES, find_scans, load_volume
+from medmim.volumes import NIFTI_SUFFIXES, Volume, find_scans, load_volume
 
 IMAGES, LABELS, DATASET, SPLITS = "imagesTr", "labelsTr", "dataset.json", "subjects.csv"
 FOLDS = 5
-VALIDATES = ("val", "validation")
+SPLIT_WORDS = {"": "train", "train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
 TRAINS = -1  # in place of a fold, where the data says who validates: that of a case that never does
 
 
@@ -115,19 +116,29 @@ def with_splits(
         source: Of `rows`, for the error.
 
     Raises:
-        SpecError: For a split file that leaves cases out.
+        SpecError: For two cases of one name, and for a split file that leaves cases out, names one twice, or says what
+            has no meaning.
     """
+    twice = _first_twice(case.name for case in cases)
+    if twice:
+        raise SpecError(f"{source}: two cases are called {twice}; give each a name of its own in a column case")
     if splits is not None:
-        rows = {row["case"]: row for row in read_rows(Path(splits), needed=("case",))}
+        table = read_rows(Path(splits), needed=("case",))
+        twice = _first_twice(row["case"] for row in table)
+        if twice:
+            raise SpecError(f"{splits}: has two rows for {twice}; leave one")
+        rows = {row["case"]: row for row in table}
     if rows is None:
         return _draw_folds(cases)
-    cases = [_described(case, rows, str(splits or source)) for case in cases]
-    if any(row.get("fold") for row in rows.values()):
+    source = str(splits or source)
+    sides = {case.name: _side(case, rows, source) for case in cases}
+    has_folds = any(row["fold"] for row in rows.values() if "fold" in row)
+    cases = [_described(case, rows[case.name], sides[case.name], has_folds, source) for case in cases]
+    if has_folds:
         return cases
-    validates = {case.name for case in cases if rows[case.name].get("split") in VALIDATES}
-    if not validates:
+    if "val" not in sides.values():
         return _draw_folds(cases)
-    return [replace(case, fold=0 if case.name in validates else TRAINS) for case in cases]
+    return [replace(case, fold=0 if sides[case.name] == "val" else TRAINS) for case in cases]
 
 
 def split_cases(cases: Sequence[Case], fold: int, *, source: str) -> Split:
@@ -218,27 +229,54 @@ def read_rows(path: Path, *, needed: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a CSV file.
 
     Raises:
-        SpecError: When it is missing, or a needed column is.
+        SpecError: When it is missing or cannot be read, or a needed column is missing or empty somewhere.
     """
     if not path.is_file():
         raise SpecError(f"{path}: no such file")
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = set(needed) - set(reader.fieldnames or ())
-        if missing:
-            raise SpecError(f"{path}: needs the column {', '.join(sorted(missing))}")
-        return list(reader)
+    try:
+        # Spreadsheets put a mark at the start of a file in UTF-8.
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            missing = set(needed) - set(reader.fieldnames or ())
+            if missing:
+                raise SpecError(f"{path}: needs the column {', '.join(sorted(missing))}")
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SpecError(f"{path}: not readable as CSV in UTF-8 ({error}); save it as that") from None
+    for number, row in enumerate(rows, start=1):
+        empty = next((column for column in needed if not row[column].strip()), None)
+        if empty:
+            raise SpecError(f"{path}: row {number} has nothing in the column {empty}")
+    return rows
 
 
-def _described(case: Case, rows: dict[str, dict[str, str]], source: str) -> Case:
+def _first_twice(names: Iterable[str]) -> str | None:
+    """A name that is there more than once, if any is."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _side(case: Case, rows: dict[str, dict[str, str]], source: str) -> str:
+    """What the row of a case says of it: "train", "val" or "test"."""
     row = rows.get(case.name)
     if row is None:
         raise SpecError(f"{source}: says nothing of {case.name}; add a row, or take the case out of the data")
+    word = row.get("split", "")
     try:
-        fold = int(row.get("fold") or 0)
+        return SPLIT_WORDS[word.strip().lower()]
+    except KeyError:
+        known = ", ".join(filter(None, SPLIT_WORDS))
+        raise SpecError(f"{source}: the split of {case.name} is {word!r}, which is none of {known}") from None
+
+
+def _described(case: Case, row: dict[str, str], side: str, has_folds: bool, source: str) -> Case:
+    fold = row.get("fold", "")
+    if has_folds and side != "test" and not fold:
+        raise SpecError(f"{source}: gives {case.name} no fold, as it does others; give it one, or the split test")
+    try:
+        number = int(fold or 0)
     except ValueError:
-        raise SpecError(f"{source}: the fold of {case.name} is {row['fold']!r}, not a number") from None
-    return replace(case, group=row.get("subject_group") or case.name, fold=fold, is_test=row.get("split") == "test")
+        raise SpecError(f"{source}: the fold of {case.name} is {fold!r}, not a number") from None
+    return replace(case, group=row.get("subject_group") or case.name, fold=number, is_test=side == "test")
 
 
 def _draw_folds(cases: list[Case]) -> list[Case]:
@@ -264,12 +302,22 @@ def load_case(case: Case, transform: VolumeTransform, *, num_classes: int) -> Lo
         ScanError: For a scan or labels that cannot be used, do not lie on each other, or hold other values.
     """
     x = transform(case.image)
-    labels = labels_on_grid(load_volume(case.label), like=x)
-    values = torch.unique(labels)
-    if not torch.equal(values, values.round()) or values[0] < 0 or values[-1] >= num_classes:
-        found = ", ".join(f"{value:g}" for value in values[:8].tolist())
-        raise ScanError(f"{case.label}: labels must be 0 to {num_classes - 1}, one a class, but it holds {found}")
+    labels = labels_on_grid(load_labels(case.label, num_classes=num_classes), like=x)
     return LoadedCase(case.name, x.as_tensor(), labels.to(torch.uint8), tuple(x.pixdim.tolist()))
+
+
+def load_labels(path: Path, *, num_classes: int) -> Volume:
+    """Reads a file with a label a voxel.
+
+    Raises:
+        ScanError: When it cannot be read, or holds anything but whole numbers from 0 to below `num_classes`.
+    """
+    labels = load_volume(path)
+    values = np.unique(labels.array)
+    if (values != np.round(values)).any() or values[0] < 0 or values[-1] >= num_classes:
+        found = ", ".join(f"{value:g}" for value in values[:8].tolist())
+        raise ScanError(f"{path}: labels must be 0 to {num_classes - 1}, one a class, but it holds {found}")
+    return labels
 
 
 def pad_around(x: Tensor, size: Size, *, value: float) -> tuple[Tensor, tuple[slice, slice, slice]]:
@@ -279,6 +327,8 @@ def pad_around(x: Tensor, size: Size, *, value: float) -> tuple[Tensor, tuple[sl
         What is padded, and where in its (D, H, W) the voxels of `x` are.
     """
     missing = [max(0, wanted - side) for wanted, side in zip(size, x.shape[1:], strict=True)]
+    if not any(missing):  # padding by nothing would copy
+        return x, tuple(slice(0, side) for side in x.shape[1:])
     inside = tuple(slice(room // 2, room // 2 + side) for room, side in zip(missing, x.shape[1:], strict=True))
     pad = [part for room in reversed(missing) for part in (room // 2, room - room // 2)]
     return F.pad(x, pad, value=value), inside

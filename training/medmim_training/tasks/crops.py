@@ -112,12 +112,11 @@ class ChangedVolumes(Dataset):
 def _places_of_classes(labels: Tensor, generator: np.random.Generator) -> list[np.ndarray]:
     """For each class but the background that is there, some of its voxels, (n, 3)."""
     places = []
-    for label in labels.unique().tolist():
+    for label in filter(None, labels.unique().tolist()):
         voxels = (labels == label).nonzero().numpy()
-        if label and len(voxels) > SAMPLED:
+        if len(voxels) > SAMPLED:
             voxels = generator.choice(voxels, SAMPLED, replace=False, axis=0)
-        if label:
-            places.append(voxels)
+        places.append(voxels)
     return places
 
 

@@ -15,17 +15,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from medmim.errors import ScanError, SpecError
+from medmim.errors import SpecError
 from medmim.factory import from_pretrained
 from medmim.files import write_text
 from medmim.heads.segmenter import Segmenter
+from medmim.limits import LIST_BYTES, read_json
 from medmim.segmentation import segment, segmented_classes
 from medmim.spec import Modality
-from medmim.volumes import load_volume
+from medmim.transforms import check_labels_place
 from medmim_training.engine import RECIPE_FILE
 from medmim_training.recipe import load_recipe
-from medmim_training.tasks.cases import Case, find_cases, split_cases
-from medmim_training.tasks.loop import MODEL
+from medmim_training.tasks.cases import Case, find_cases, load_labels, split_cases
+from medmim_training.tasks.loop import MODEL, SPLIT_FILE
 from medmim_training.tasks.metrics import Score, bootstrap_interval, mean_of_cases, score_case
 from medmim_training.tasks.peers import register_peers
 from medmim_training.tasks.recipe import SegmentationRecipe
@@ -66,9 +67,19 @@ def evaluate_run(
         raise SpecError(f"{run}: no finished run ({MODEL} is missing); `medmim-train finetune` goes on with it")
     recipe = load_recipe(str(run / RECIPE_FILE), kind=SegmentationRecipe)
     cases = cases_of(recipe, side)
+    _check_unseen(run / SPLIT_FILE, cases, side)
     register_peers()
-    model = from_pretrained(run / MODEL)
+    model = from_pretrained(run / MODEL, device="cuda" if torch.cuda.is_available() else None)
     return evaluate_segmenter(model, cases, modality=recipe.modality, overlap=recipe.overlap, report=report)
+
+
+def _check_unseen(path: Path, cases: Sequence[Case], side: Side) -> None:
+    """Refuses cases that the run trained on, or for the test chose its best model by, since the data was changed."""
+    sides = read_json(path, LIST_BYTES)
+    seen = {*sides["training"], *(sides["validation"] if side == "test" else ())}
+    leaked = next((case.name for case in cases if case.name in seen), None)
+    if leaked:
+        raise SpecError(f"{path}: the run has seen {leaked}, which the data now keeps for {side}; put the data back")
 
 
 def cases_of(recipe: SegmentationRecipe, side: Side) -> tuple[Case, ...]:
@@ -102,15 +113,16 @@ def evaluate_segmenter(
         report: Called with each case's name and None.
 
     Raises:
-        ScanError: For a case that cannot be read, or labels of another shape than the scan's.
+        ScanError: For a case that cannot be read, or labels that do not lie on their scan.
     """
     classes, scores = segmented_classes(model), []
     for case in cases:
-        labels = segment(model, case.image, modality=modality, overlap=overlap).labels
-        truth = load_volume(case.label)
-        if truth.array.shape[1:] != labels.shape:
-            raise ScanError(f"{case.label}: has {truth.array.shape[1:]} voxels, its scan {labels.shape}")
-        ours, theirs = (torch.from_numpy(np.ascontiguousarray(each, np.int16)) for each in (labels, truth.array[0]))
+        found = segment(model, case.image, modality=modality, overlap=overlap)
+        truth = load_labels(case.label, num_classes=len(model.spec.task.classes))
+        check_labels_place(truth, shape=found.labels.shape, affine=found.affine)
+        ours, theirs = (
+            torch.from_numpy(np.ascontiguousarray(each, np.int16)) for each in (found.labels, truth.array[0])
+        )
         scores += score_case(case.name, ours, theirs, classes=classes, spacing=truth.spacing)
         report(case.name, None)
     return scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections import Counter
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,9 +44,6 @@ def find_labelled(
         numbers, classes = _numbered([row["label"].strip() for row in rows], tuple(classes))
         images = [data.parent / row["image"] for row in rows]
         names = [row.get("case") or case_name(image) for row, image in zip(rows, images, strict=True)]
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise SpecError(f"{data}: two cases are called {twice[0]}; give each a name of its own in a column case")
         cases = [Case(*each, group=each[0]) for each in zip(names, images, numbers, strict=True)]
         cases = with_splits(cases, dict(zip(names, rows, strict=True)), splits, source=data)
     # At most as many as there are cases: a number above is not that of a class.
@@ -77,7 +74,7 @@ def _of_archive(path: Path) -> list[Case]:
             arrays = {side: (archive[f"{side}_images"], archive[f"{side}_labels"]) for side in SIDES}
     except KeyError as error:
         raise SpecError(f"{path}: not a file of MedMNIST's volumes ({error.args[0]})") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise SpecError(f"{path}: cannot be read ({error})") from None
     cases = []
     for side, (images, labels) in arrays.items():

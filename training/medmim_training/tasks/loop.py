@@ -22,11 +22,12 @@ from torch.utils.data import Dataset
 from medmim.errors import SpecError
 from medmim.factory import save_pretrained
 from medmim.files import write_text
+from medmim.limits import LIST_BYTES, read_json
 from medmim_training.checkpoint import BEST, load_latest, save_checkpoint
 from medmim_training.engine import CHECKPOINTS, METRICS_FILE, PICTURES, PRIME, RECIPE_FILE, NonFiniteLossError
 from medmim_training.loading import batches
 from medmim_training.optimization import create_optimizer, create_schedule
-from medmim_training.precision import resolve_precision
+from medmim_training.precision import usable_precision
 from medmim_training.preemption import Preempted, stop_requests
 from medmim_training.record import Clock, Meter, MetricsLog, Report, claim
 from medmim_training.tasks.cases import Case, Split, choose, split_cases
@@ -98,6 +99,25 @@ def split_of(recipe: FineTuneRecipe, cases: Sequence[Case]) -> Split:
     return Split(chosen, split.validation, split.test)
 
 
+def claim_split(path: Path, split: Split) -> None:
+    """Writes who is on which side; a run that is there already must have the same cases on the same sides.
+
+    Raises:
+        SpecError: When it has others, of whom some that trained could validate now.
+    """
+    sides = {side.name: [case.name for case in getattr(split, side.name)] for side in fields(Split)}
+    if path.is_file():
+        before = read_json(path, LIST_BYTES)
+        changed = [name for name, cases in sides.items() if sorted(cases) != sorted(before.get(name, ()))]
+        if changed:
+            raise SpecError(
+                f"{path}: the run began with other cases for {', '.join(changed)} than the data has now; put the data "
+                "back as it was, or choose another folder"
+            )
+    else:
+        write_text(path, json.dumps(sides, indent=1) + "\n")
+
+
 class Run:
     """One run: what it is made of, and the loop over it.
 
@@ -109,13 +129,13 @@ class Run:
             run resumes there.
 
     Raises:
-        SpecError: For settings that cannot be used, or when the folder holds another recipe's run.
+        SpecError: For settings that cannot be used, or when the folder holds a run of another recipe or other cases.
         ScanError: For a case that cannot be read.
     """
 
     def __init__(self, task: Task, folder: str | Path) -> None:
         self.task, self.recipe, self.model, self.folder = task, task.recipe, task.model, Path(folder)
-        recipe, precision = self.recipe, resolve_precision(self.recipe.precision)
+        recipe, precision = self.recipe, usable_precision(self.recipe)
         self.accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision, cpu=not torch.cuda.is_available()
         )
@@ -124,28 +144,31 @@ class Run:
         if self.model.spec.volume is None:
             raise SpecError(f"{recipe.name}: a model from scratch has no preprocessing; give volume= in the recipe")
         claim(self.folder / RECIPE_FILE, recipe, kind=FineTuneRecipe)
-        sides = {side.name: [case.name for case in getattr(task.split, side.name)] for side in fields(Split)}
-        write_text(self.folder / SPLIT_FILE, json.dumps(sides, indent=1) + "\n")
+        claim_split(self.folder / SPLIT_FILE, task.split)
         task.load()
 
         self._choose_trained(encoder=not recipe.frozen)
         optimizer = create_optimizer(self.model, recipe.optimizer)
         self.schedule = create_schedule(optimizer, recipe.schedule)
         self.start, self.best, self.clock, self.validations = 0, -math.inf, Clock(), []
-        self._resume(optimizer)
+        scaler = self._resume(optimizer)
         self.trained, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
         self.metrics = MetricsLog(self.folder / METRICS_FILE, self.start)
 
     # --- construction -------------------------------------------------------------------------------------------------
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> None:
+    def _resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Goes back to the newest checkpoint, if there is one; gives the state of its loss scaler."""
         checkpoint = load_latest(self.folder / CHECKPOINTS)
         if checkpoint is None:
-            return
+            return None
         self.start, self.best, self.clock = checkpoint["step"], checkpoint["best"], Clock(checkpoint["spent"])
         self.validations = checkpoint["validations"]
         self.model.load_state_dict(checkpoint["method"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        return checkpoint.get("scaler")
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -225,8 +248,11 @@ class Run:
         self.validations.append(asdict(validation))
         is_best, self.best = validation.quality > self.best, max(validation.quality, self.best)
         self._save(done, scores=scores, is_best=is_best)
-        write_text(self.folder / VALIDATION_FILE, "".join(json.dumps(each) + "\n" for each in self.validations))
+        self._write_validations()
         return validation
+
+    def _write_validations(self) -> None:
+        write_text(self.folder / VALIDATION_FILE, "".join(json.dumps(each) + "\n" for each in self.validations))
 
     def _save(self, done: int, *, scores: list[tuple], is_best: bool) -> None:
         state: dict[str, Any] = {
@@ -237,11 +263,13 @@ class Run:
             "scores": scores,
             "method": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
         save_checkpoint(self.folder / CHECKPOINTS, done, state, keep=self.recipe.output.keep, best=is_best)
 
     def _finish(self) -> nn.Module:
         """Writes the best model and how it does on each case."""
+        self._write_validations()  # the last is missing when the run was killed between its checkpoint and this file
         best = torch.load(self.folder / CHECKPOINTS / BEST, map_location="cpu", weights_only=True)
         self.task.write_scores(self.folder / SCORES_FILE, best["scores"])
         model: nn.Module = self.accelerator.unwrap_model(self.trained, keep_fp32_wrapper=False)

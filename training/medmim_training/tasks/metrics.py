@@ -17,6 +17,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 RESAMPLES = 2000
+CHUNKS = 20  # in which they are scored, for the memory that all predictions times as many take
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def score_classes(truth: np.ndarray, probabilities: np.ndarray, *, seed: int = 0
     scores = {}
     metrics = {"auc": area_under_curve, "balanced_accuracy": _balanced_accuracy, "accuracy": _accuracy}
     for name, metric in metrics.items():
-        resampled = metric(truth[draws], probabilities[draws])
+        resampled = np.concatenate([metric(truth[some], probabilities[some]) for some in np.array_split(draws, CHUNKS)])
         low, high = np.nanpercentile(resampled, (2.5, 97.5))  # NaN where only one class was drawn
         scores |= {name: float(metric(truth, probabilities)), f"{name}_interval": (float(low), float(high))}
     return ClassScores(**scores)

@@ -94,7 +94,8 @@ def probe(
         raise SpecError(f"{recipe.data}: its test cases are not of two classes")
     encoder, total, done = build_encoder(recipe), sum(map(len, sides.values())), 0
     transform = create_transform(encoder, modality=recipe.modality, volume=_preprocessing(encoder, recipe))
-    fingerprint = _fingerprint(encoder, [transform.spec.to_data(), transform.img_size, recipe.modality])
+    settings = [encoder.spec.architecture, encoder.spec.args, transform.spec.to_data(), transform.img_size]
+    fingerprint = _fingerprint(encoder, [*settings, recipe.modality])
     features = {}
     for side, chosen in sides.items():
         features[side] = _features(

@@ -9,6 +9,7 @@ import torch
 from monai.losses import DiceCELoss
 from torch import Tensor
 
+from medmim.errors import SpecError
 from medmim.files import write_csv
 from medmim.heads.segmenter import Segmenter
 from medmim.pictures import segmentation_picture
@@ -90,6 +91,8 @@ class SegmentationTask(loop.Task):
             [load_case(case, transform, num_classes=len(self.classes)) for case in cases]
             for cases in (self.split.training, self.split.validation)
         )
+        if not any(case.labels.any() for case in self.validation):
+            raise SpecError(f"{self.recipe.data}: no case that validates has any class but {self.classes[0]}")
 
     def samples(self, length: int) -> LabelledCrops:
         return LabelledCrops(
