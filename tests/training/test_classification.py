@@ -378,7 +378,9 @@ def test_probes_read_the_scans_once_and_the_test_only_when_asked(archive, tmp_pa
     monkeypatch.setattr(torch, "stack", refuse)
     assert probing.probe(recipe, tmp_path) == results
     other = recipe.model_copy(update={"volume": recipe.volume.model_copy(update={"spacing": (1, 1, 1)})})
-    for changed in (other, recipe.model_copy(update={"seed": 1})):
+    heads = recipe.model.args | {"num_heads": 1}  # of the same weights
+    heads = recipe.model_copy(update={"model": recipe.model.model_copy(update={"args": heads})})
+    for changed in (other, heads, recipe.model_copy(update={"seed": 1})):
         with pytest.raises(AssertionError, match="encoded again"):
             probing.probe(changed, tmp_path)
     monkeypatch.undo()

@@ -161,6 +161,7 @@ def test_packaged_recipes_are_valid(name):
         ("labels=ten", "neither a share such as 10% nor a number"),
         ("labels=0%", "neither a share such as 10% nor a number"),
         ("decoder.name=vnet", "decoder.name"),
+        ("output.trackers=[wandb]", "fine-tuning has no trackers"),
     ],
 )
 def test_mistakes_are_named(override, message):

@@ -84,7 +84,7 @@ def _by_layer(method: nn.Module, settings: OptimizerSection) -> list[dict[str, A
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleSection) -> Scheduler:
-    """The rate as a function of the step alone, so nothing of it has to be saved."""
+    """The rate as a function of the step alone, so nothing of it has to be saved; the last step's is `min_lr`."""
     common = {
         "t_initial": settings.steps,
         "lr_min": settings.min_lr,

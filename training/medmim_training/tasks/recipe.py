@@ -128,6 +128,13 @@ class FineTuneRecipe(RunRecipe):
                 raise ValueError(f"{value!r} is neither a share such as 10% nor a number of cases")
         return value
 
+    @field_validator("output")
+    @classmethod
+    def _no_trackers(cls, value: OutputSection) -> OutputSection:
+        if value.trackers:
+            raise ValueError("fine-tuning has no trackers; its figures are in metrics.jsonl and validation.jsonl")
+        return value
+
     def count_labels(self, cases: int) -> int:
         """How many of this many cases are trained on; at least one."""
         if isinstance(self.labels, int):
