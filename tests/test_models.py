@@ -110,12 +110,19 @@ def test_intermediates_refuse_what_does_not_exist(model, x):
         model.forward_intermediates(x, output_fmt="NCHW")
 
 
+@pytest.mark.parametrize("prune_norm", [False, True])
 @every_model
-def test_pruning_keeps_the_outputs_of_what_stays(model, x):
+def test_pruning_keeps_the_outputs_of_what_stays(model, x, prune_norm):
     before = model.forward_intermediates(x, [1], intermediates_only=True)[0]
-    assert model.prune_intermediate_layers([1]) == [1]
+    model.reset_classifier(3)
+    assert model.prune_intermediate_layers([1], prune_norm=prune_norm) == [1]
     assert torch.equal(model.forward_intermediates(x, [1], intermediates_only=True)[0], before)
     assert len(model.feature_info) == 2
+    assert model(x).shape == (2, model.num_features)
+    # Nothing that may come later needs what was dropped.
+    model.reset_classifier(3, model.global_pool)
+    model.set_input_size(model.img_size)
+    assert model(x).shape == (2, 3)
 
 
 @every_model

@@ -130,7 +130,7 @@ class VisionTransformer3D(Shareable, nn.Module):
         """Rebuilds what no file stores: the fixed positions."""
         if not self.learned_positions:
             position = sincos_position(self.grid_size, self.embed_dim)
-            self.register_buffer("pos_embed", position.to(self.norm.weight), persistent=False)
+            self.register_buffer("pos_embed", position.to(self.patch_embed.proj.weight), persistent=False)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -170,7 +170,7 @@ class VisionTransformer3D(Shareable, nn.Module):
             self._reset_pool(global_pool)
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        self.head.to(self.norm.weight)
+        self.head.to(self.patch_embed.proj.weight)
         self.init_head()
 
     def _reset_pool(self, global_pool: str) -> None:
@@ -188,7 +188,7 @@ class VisionTransformer3D(Shareable, nn.Module):
                 mlp_ratio=self.mlp_ratio,
                 norm_layer=partial(nn.LayerNorm, eps=1e-6),
             )
-            self.attn_pool.to(self.norm.weight)
+            self.attn_pool.to(self.patch_embed.proj.weight)
             self.attn_pool.apply(init_transformer)
 
     def get_classifier(self) -> nn.Module:
