@@ -149,6 +149,14 @@ def test_another_input_size(model):
     assert model(torch.rand(1, model.in_chans, *larger)).shape == (1, model.num_features)
     with pytest.raises(ValueError, match="not a multiple"):
         model.set_input_size((larger[0] + 1, *larger[1:]))
+    side = 2 * math.lcm(*model.patch_size)
+    model.set_input_size(side, model.patch_size)
+    assert model.img_size == (side,) * 3
+    assert model(torch.rand(1, model.in_chans, *model.img_size)).shape == (1, model.num_features)
+    for wrong in ("96", (64, 64), 96.0, 0):
+        with pytest.raises(ValueError, match=r"img_size is .*; give three whole numbers"):
+            model.set_input_size(wrong)
+    assert model.img_size == (side,) * 3
 
 
 @every_model
