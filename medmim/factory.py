@@ -43,6 +43,11 @@ CHANGEABLE = ("img_size", "patch_size", "num_classes", "global_pool")
 
 POOL = "attn_pool."  # what the keys of a pool that is trained with the classifier start with
 
+# Arguments of timm's `create_model` that have another form here.
+OF_TIMM = {
+    "features_only": "forward_intermediates(x) of any model gives its feature maps, feature_info says what they are"
+}
+
 # What a record of weights says about published files, and so is not true of files that are saved anew.
 OF_PUBLISHED_FILES = ("repo", "revision", "golden", "evidence", "converter")
 
@@ -327,6 +332,10 @@ def resolve(
         access: How to reach the Hub.
         needs_weights: Whether a name of the catalog without weights is an error; otherwise its place is None.
     """
+    if not isinstance(name, str):
+        raise UnknownModelError(
+            f"{name!r} is no name of a model; from_pretrained(PATH) loads a folder, as does the name 'local-dir:PATH'"
+        )
     kind, separator, rest = name.partition(":")
     if separator and kind == "local-dir":
         return hub.read_model(hub.Folder(Path(rest).expanduser()))
@@ -387,6 +396,8 @@ def _check_keywords(cls: Callable[..., nn.Module], given: Mapping[str, Any], nam
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
         return
     for key in given:
+        if key not in accepted and key in OF_TIMM:
+            raise UnknownModelError(f"{name}: there is no argument {key!r}; {OF_TIMM[key]}")
         if key not in accepted:
             raise UnknownModelError(
                 f"{name}: there is no argument {key!r}; {registry.nearest(key, accepted)}"

@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,6 +179,8 @@ def test_without_pretrained_a_folder_gives_the_architecture_alone(tiny_folder):
         ("hf-hub:name", WeightsError, "'name' is not the name of a repository"),
         ("hf-hub:../../etc", WeightsError, "'../../etc' is not the name of a repository"),
         ("local-dir:nowhere", WeightsError, "nowhere: there is no such folder"),
+        (Path("folder"), UnknownModelError, "from_pretrained(PATH) loads a folder, as does the name 'local-dir:PATH'"),
+        (None, UnknownModelError, "None is no name of a model"),
         ("vit_t_mae3d.nothing", UnknownModelError, "no weights tagged 'nothing'"),
     ],
 )
@@ -236,6 +239,11 @@ def test_one_number_is_a_cube(pretrained, tiny_weights):
     args = {"img_size": (32, 32, 32), "patch_size": (16, 16, 16), "num_classes": 3}
     assert {key: value for key, value in model.spec.args.items() if key in args} == args
     assert medmim.create_model("tiny", pretrained, img_size=[32, 32, 48]).img_size == (32, 32, 48)
+
+
+def test_feature_maps_of_timm_have_another_name_here():
+    with pytest.raises(UnknownModelError, match=r"no argument 'features_only'; forward_intermediates\(x\)"):
+        medmim.create_model("vit_t_mae3d", features_only=True)
 
 
 def test_a_path_that_is_neither_folder_nor_repository(tmp_path):
