@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,16 +13,14 @@ from medmim.inference import evaluating
 from medmim.transforms import create_transform
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from medmim.scans import Scan
     from medmim.spec import VolumeSpec
-    from medmim.volumes import Volume
 
 
 @torch.inference_mode()
 def classify(
     model: nn.Module,
-    scan: str | Path | Volume | np.ndarray,
+    scan: Scan,
     *,
     modality: str | None = None,
     volume: VolumeSpec | None = None,

@@ -26,10 +26,8 @@ from medmim.transforms import create_transform
 from medmim.windows import cover, covering_grid, crop_window
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from medmim.scans import Scan
     from medmim.spec import VolumeSpec
-    from medmim.volumes import Volume
 
 FOREGROUND = 0.05  # of the range of the scaled scan: about 100 HU above air in a window of -1000 to 1000
 
@@ -55,7 +53,7 @@ class Embedding:
 
 def embed(
     model: nn.Module,
-    scan: str | Path | Volume | np.ndarray,
+    scan: Scan,
     *,
     modality: str | None = None,
     volume: VolumeSpec | None = None,
