@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,16 +13,14 @@ from medmim.inference import evaluating
 from medmim.transforms import create_transform
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from medmim.scans import Scan
     from medmim.spec import VolumeSpec
-    from medmim.volumes import Volume
 
 
 @torch.inference_mode()
 def classify(
     model: nn.Module,
-    scan: str | Path | Volume | np.ndarray,
+    scan: Scan,
     *,
     modality: str | None = None,
     volume: VolumeSpec | None = None,
@@ -41,8 +38,8 @@ def classify(
 
     Raises:
         ScanError: When the scan cannot be used; the message starts with its path.
-        SpecError: When the model has no classifier, nothing says how to prepare the scan, or the modality is not
-            covered.
+        SpecError: When the model has no classifier of two classes or more, nothing says how to prepare the scan, or the
+            modality is not covered.
     """
     classes = classified_classes(model)
     x = create_transform(model, modality=modality, volume=volume)(scan).as_tensor()
@@ -55,11 +52,13 @@ def classified_classes(model: nn.Module) -> tuple[str, ...]:
     """The names of a classifier's classes: "class 0", ... where the model's spec has none.
 
     Raises:
-        SpecError: For a model that has no classifier.
+        SpecError: For a model that has no classifier, or one of a single output.
     """
+    name = model.spec.name if model.spec is not None else type(model).__name__
     if isinstance(model, Segmenter) or not model.num_classes:
-        name = model.spec.name if model.spec is not None else type(model).__name__
         raise SpecError(f"{name} does not classify; `medmim-train finetune` makes a model that does")
+    if model.num_classes == 1:
+        raise SpecError(f"{name} has a single output, of which softmax makes 1 for any scan; use two classes or more")
     if model.spec is not None and model.spec.task is not None:
         return model.spec.task.classes
     return tuple(f"class {i}" for i in range(model.num_classes))

@@ -22,6 +22,8 @@ from medmim.cards import NOTICE
 from medmim.errors import MedmimError, SpecError, WeightsError
 from medmim.factory import save_pretrained
 from medmim.files import atomic_write, write_text
+from medmim.heads.segmenter import Segmenter
+from medmim.inference import last_map
 from medmim.spec import ModelSpec, VolumeSpec, ZScore
 
 CONFIG_KEY = "medmim"  # of ONNX metadata, and without the suffix of an extra file of torch.export
@@ -39,7 +41,7 @@ def export_model(model: nn.Module, path: str | Path, *, to: str) -> None:
 
     Raises:
         MedmimError: When a package is missing or the form cannot hold the model.
-        SpecError: For a form that does not exist.
+        SpecError: For a form that does not exist, or a bundle of an encoder that `embed` refuses.
         WeightsError: For a model without spec, or for a bundle without an input contract.
     """
     if to not in FORMS:
@@ -98,11 +100,12 @@ def _config(spec: ModelSpec) -> str:
 
 
 def _to_bundle(model: nn.Module, folder: Path) -> None:
-    """Model folder, metadata, and a workflow that embeds the scans of a folder."""
+    """Model folder, metadata, and a workflow that embeds the scans of a folder; of a segmenter, by its encoder."""
     if model.spec.weights is None:
         raise WeightsError(f"{model.spec.name} holds no weights with an input contract, which a bundle needs")
+    last_map(model)  # refuses now what the workflow could not embed
     spec = save_pretrained(model, folder / "models")
-    configs = {"metadata": _bundle_metadata(spec, model.num_classes or model.num_features), "inference": INFERENCE}
+    configs = {"metadata": _bundle_metadata(spec, _bundle_output(model)), "inference": INFERENCE}
     for name, config in configs.items():
         write_text(folder / "configs" / f"{name}.json", json.dumps(config, indent=2) + "\n")
 
@@ -129,7 +132,7 @@ INFERENCE = {
 }
 
 
-def _bundle_metadata(spec: ModelSpec, outputs: int) -> dict[str, Any]:
+def _bundle_metadata(spec: ModelSpec, output: dict[str, Any]) -> dict[str, Any]:
     """What MONAI's schema of `metadata.json` asks for."""
     weights = spec.weights
     modalities = ", ".join(weights.volume.modalities)
@@ -161,19 +164,23 @@ def _bundle_metadata(spec: ModelSpec, outputs: int) -> dict[str, Any]:
                     "channel_def": {str(channel): "image" for channel in range(channels)},
                 }
             },
-            "outputs": {
-                "pred": {
-                    "type": "feature",
-                    "format": "feature",
-                    "num_channels": outputs,
-                    "spatial_shape": [],
-                    "dtype": "float32",
-                    "value_range": [],
-                    "is_patch_data": False,
-                    "channel_def": {},
-                }
-            },
+            "outputs": {"pred": output},
         },
+    }
+
+
+def _bundle_output(model: nn.Module) -> dict[str, Any]:
+    """What the network gives: pooled features or class scores of a volume, or those of each voxel."""
+    segments = isinstance(model, Segmenter)
+    return {
+        "type": "image" if segments else "feature",
+        "format": "segmentation" if segments else "feature",
+        "num_channels": model.num_classes or model.num_features,
+        "spatial_shape": list(model.img_size) if segments else [],
+        "dtype": "float32",
+        "value_range": [],
+        "is_patch_data": False,
+        "channel_def": {},
     }
 
 

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from medmim import hub, registry
 from medmim.checkpoints import load_strictly, misfit, read_tensors, without_values, write_tensors
 from medmim.errors import MedmimError, SpecError, UnknownModelError, WeightsError
 from medmim.heads.segmenter import Segmenter, split_encoder
+from medmim.layers.tokens import Size, to_size
 from medmim.limits import VOXELS, limited_construction
 from medmim.spec import ModelSpec, TaskSpec, WeightsSpec
 
@@ -40,6 +42,11 @@ UNBUILDABLE = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError
 CHANGEABLE = ("img_size", "patch_size", "num_classes", "global_pool")
 
 POOL = "attn_pool."  # what the keys of a pool that is trained with the classifier start with
+
+# Arguments of timm's `create_model` that have another form here.
+OF_TIMM = {
+    "features_only": "forward_intermediates(x) of any model gives its feature maps, feature_info says what they are"
+}
 
 # What a record of weights says about published files, and so is not true of files that are saved anew.
 OF_PUBLISHED_FILES = ("repo", "revision", "golden", "evidence", "converter")
@@ -77,7 +84,7 @@ def create_model(
         endpoint: A mirror of the Hub; None for `HF_ENDPOINT` or huggingface.co.
         local_files_only: Never asks the network.
         **kwargs: Constructor arguments that differ from the named model's, such as `img_size`, `in_chans`,
-            `patch_size` and `num_classes`, to all of which weights are fitted.
+            `patch_size` and `num_classes`, to all of which weights are fitted. One number for a size is a cube.
 
     Returns:
         The model; `model.spec` says what it is and which weights it holds.
@@ -90,9 +97,8 @@ def create_model(
     access = hub.HubAccess(token, cache_dir, endpoint, local_files_only)
     stored, place = resolve(name, revision, access, needs_weights=pretrained and checkpoint_path is None)
     family = registry.find_family(stored.family, needed_by=name)
-    _check_stored(family.cls, stored.args, f"config.json of {name}" if place else name)
-    _check_keywords(family.cls, kwargs, name)
-    args = registry.as_arguments({**stored.args, **kwargs})
+    _check_arguments(family.cls, stored.args, f"config.json of {name}" if place else name)
+    args = {**registry.as_arguments(stored.args), **_given(family.cls, kwargs, name)}
 
     loads = pretrained or checkpoint_path is not None
     if loads or place is not None:  # what a file asks for is tried where it costs nothing
@@ -199,7 +205,7 @@ def create_decoder(model: nn.Module) -> nn.Module:
     for key, value in decided.items():
         if args.setdefault(key, value) != value:
             raise WeightsError(f"the decoder of {name} is for {key} {args[key]}, the model has {value}; build it so")
-    _check_stored(cls, args, f"decoder of {name}")
+    _check_arguments(cls, args, f"decoder of {name}")
 
     path = model.weights_place.fetch(weights.decoder)
     decoder = _construct_within_limits(cls, args, f"decoder of {name}")
@@ -326,6 +332,10 @@ def resolve(
         access: How to reach the Hub.
         needs_weights: Whether a name of the catalog without weights is an error; otherwise its place is None.
     """
+    if not isinstance(name, str):
+        raise UnknownModelError(
+            f"{name!r} is no name of a model; from_pretrained(PATH) loads a folder, as does the name 'local-dir:PATH'"
+        )
     kind, separator, rest = name.partition(":")
     if separator and kind == "local-dir":
         return hub.read_model(hub.Folder(Path(rest).expanduser()))
@@ -386,6 +396,8 @@ def _check_keywords(cls: Callable[..., nn.Module], given: Mapping[str, Any], nam
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
         return
     for key in given:
+        if key not in accepted and key in OF_TIMM:
+            raise UnknownModelError(f"{name}: there is no argument {key!r}; {OF_TIMM[key]}")
         if key not in accepted:
             raise UnknownModelError(
                 f"{name}: there is no argument {key!r}; {registry.nearest(key, accepted)}"
@@ -397,13 +409,32 @@ def _defaults(cls: Callable[..., nn.Module]) -> dict[str, Any]:
     return {key: p.default for key, p in _accepted(cls).items() if p.default is not p.empty}
 
 
-def _check_stored(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str) -> None:
-    """Refuses arguments from a file that the constructor does not have, or of another type than it declares."""
-    _check_keywords(cls, args, name)
+def _types(cls: Callable[..., nn.Module]) -> dict[str, Any]:
+    """What a constructor declares of its arguments; nothing for a registered one whose annotations cannot be read."""
     try:
-        types = get_type_hints(cls.__init__)
-    except (NameError, TypeError):  # of a registered class whose annotations cannot be read
-        return
+        return get_type_hints(cls.__init__)
+    except (NameError, TypeError):
+        return {}
+
+
+def _given(cls: Callable[..., nn.Module], kwargs: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A caller's arguments as plain data, checked; one number where the constructor takes a size is a cube."""
+    _check_keywords(cls, kwargs, name)
+    types, args = _types(cls), {}
+    for key, value in registry.as_arguments(kwargs).items():
+        try:
+            value = to_size(value, key) if types.get(key) == Size else value
+        except ValueError as error:
+            raise SpecError(f"{name}: {error}") from None
+        args[key] = value.item() if isinstance(value, np.generic) else value  # such as the number of labels found
+    _check_arguments(cls, args, name)
+    return args
+
+
+def _check_arguments(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str) -> None:
+    """Refuses arguments that the constructor does not have, or of another type than it declares."""
+    _check_keywords(cls, args, name)
+    types = _types(cls)
     for key, value in registry.as_arguments(args).items():
         if key in types:
             try:
@@ -411,7 +442,7 @@ def _check_stored(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: 
                     value, strict=True
                 )
             except ValidationError as error:
-                raise SpecError(f"{name}: {key}: {error.errors()[0]['msg']}") from None
+                raise SpecError(f"{name}: {key}: {error.errors()[0]['msg']}, not {value!r}") from None
 
 
 def _construct(cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str) -> nn.Module:
@@ -427,7 +458,8 @@ def _construct_within_limits(
     cls: Callable[..., nn.Module], args: Mapping[str, Any], name: str, task: TaskSpec | None = None
 ) -> nn.Module:
     """The model on the meta device, where it takes no memory; refused when it is larger than any honest one."""
-    if math.prod(args.get("img_size", ())) > VOXELS:
+    sides = args.get("img_size")
+    if isinstance(sides, tuple) and math.prod(sides) > VOXELS:  # a registered class may have another meaning of it
         raise SpecError(f"{name}: img_size has more than {VOXELS} voxels, which no scan has; it is not believed")
     with without_values(), limited_construction(name):
         return _with_decoder(_construct(cls, args, name), task, name)

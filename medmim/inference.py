@@ -1,7 +1,8 @@
 """Features of a whole scan of any size, from windows of the size that an encoder takes.
 
 Legend: B windows, C features, (D, H, W) voxels, (Dg, Hg, Wg) token grid of the scan, N tokens of a window, P prefix
-tokens.
+tokens. A token is one position of the encoder's last map: a patch of a plain transformer, and what the strides make of
+the voxels in an encoder with a pyramid of maps.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
 from torch import Tensor, nn
 
+from medmim.errors import SpecError
 from medmim.files import atomic_write
+from medmim.heads.segmenter import Segmenter
+from medmim.layers.tokens import Size
 from medmim.transforms import create_transform
 from medmim.windows import cover, covering_grid, crop_window
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from medmim.layers.tokens import Size
+    from medmim.scans import Scan
     from medmim.spec import VolumeSpec
-    from medmim.volumes import Volume
 
 FOREGROUND = 0.05  # of the range of the scaled scan: about 100 HU above air in a window of -1000 to 1000
 
@@ -36,9 +37,9 @@ class Embedding:
     """What an encoder makes of one scan.
 
     Attributes:
-        features: (C, Dg, Hg, Wg) float32 on the CPU, one vector a patch, the whole scan.
-        pooled: (C,), their mean over the patches that hold foreground.
-        affine: (4, 4) float64, index in `features` to mm in the scan's RAS space (centre of the patch).
+        features: (C, Dg, Hg, Wg) float32 on the CPU, one vector a token, the whole scan.
+        pooled: (C,), their mean over the tokens that hold foreground.
+        affine: (4, 4) float64, index in `features` to mm in the scan's RAS space (centre of the token's voxels).
         model: Name of the model and its weights.
         scan: Path of the scan; "this volume" when it came from no file.
     """
@@ -52,7 +53,7 @@ class Embedding:
 
 def embed(
     model: nn.Module,
-    scan: str | Path | Volume | np.ndarray,
+    scan: Scan,
     *,
     modality: str | None = None,
     volume: VolumeSpec | None = None,
@@ -63,7 +64,7 @@ def embed(
     """Prepares a scan as the weights expect it and encodes all of it.
 
     Args:
-        model: Any encoder as `dense_features` takes, with `spec`.
+        model: Any encoder as `dense_features` takes, with `spec`; of a segmenter, its encoder is used.
         scan: As for `create_transform`.
         modality: "CT", "MR" or "PET"; None takes it from the scan.
         volume: Preprocessing for a model without weights.
@@ -76,14 +77,16 @@ def embed(
 
     Raises:
         ScanError: When the scan cannot be used; the message starts with its path.
-        SpecError: When nothing says how to prepare it, or the modality is not covered.
+        SpecError: When nothing says how to prepare it, the modality is not covered, or the model's input size is no
+            multiple of the stride of its last map.
     """
     x = create_transform(model, modality=modality, fit="pad", volume=volume)(scan)  # (channels, D, H, W)
     voxels = x.as_tensor()
     features = dense_features(model, voxels, overlap=overlap, batch_size=batch_size, progress=progress)
-    share = foreground_patches(voxels, model.patch_size).flatten().float()  # (Dg * Hg * Wg,)
+    stride, _ = last_map(model)
+    share = foreground_patches(voxels, stride).flatten().float()  # (Dg * Hg * Wg,)
     pooled = features.flatten(1) @ (share / share.sum())  # a product, where indexing would copy the feature map
-    affine = x.affine @ _token_to_voxel(model.patch_size)
+    affine = x.affine @ _token_to_voxel(stride)
     name = model.spec.name if getattr(model, "spec", None) else type(model).__name__
     return Embedding(features, pooled, affine, name, x.meta["filename_or_obj"])
 
@@ -105,40 +108,68 @@ def dense_features(
     value is filled in at the end. There is one feature map, which the windows are added to.
 
     Args:
-        model: Has `grid_size`, `patch_size`, `num_features`, `num_prefix_tokens`, and `forward_features` from
-            (B, channels, *window) to tokens (B, P + N, C). It runs in evaluation mode, on the device it is on.
+        model: Has `img_size`, `patch_size` or `feature_info`, `num_features`, `num_prefix_tokens`, and
+            `forward_features` from (B, channels, *img_size) to tokens (B, P + N, C) or to a map (B, C, *grid of a
+            window); or a segmenter, whose encoder is used. It runs in evaluation mode, on the device it is on.
         x: (channels, D, H, W) in network units.
         overlap: Share of a window that the next one covers again, 0 to below 1.
         batch_size: Windows encoded at a time.
         progress: Called with windows done and windows in all.
 
     Returns:
-        (C, Dg, Hg, Wg) float32 on the CPU; a side of the grid is that of the volume over the patch's, rounded up, and
-        at least the window's.
+        (C, Dg, Hg, Wg) float32 on the CPU; a side of the grid is that of the volume over the stride of the encoder's
+        last map, rounded up, and at least the window's.
 
     Raises:
         ValueError: For an overlap outside [0, 1).
+        SpecError: When the model's input size is no multiple of the stride of its last map.
     """
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap={overlap} must be at least 0 and below 1")
-    grid_size = covering_grid(x.shape[1:], model.patch_size, model.grid_size)
-    weight = compute_importance_map(model.grid_size, mode="gaussian")  # (Dg, Hg, Wg) of a window
+    model = _encoder(model)
+    stride, window_grid = last_map(model)
+    grid_size = covering_grid(x.shape[1:], stride, window_grid)
+    weight = compute_importance_map(window_grid, mode="gaussian")  # (Dg, Hg, Wg) of a window
     features = torch.zeros(model.num_features, *grid_size)
     total = torch.zeros(grid_size)
     fill, parameter = float(x.min()), next(model.parameters())
-    windows = list(cover(grid_size, model.grid_size, overlap=overlap))
+    windows = list(cover(grid_size, window_grid, overlap=overlap))
     with evaluating(model):
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size]
-            crops = torch.stack([crop_window(x, window, model.patch_size, fill=fill) for window in batch])
-            tokens = model.forward_features(crops.to(parameter))[:, model.num_prefix_tokens :]  # (B, N, C)
-            maps = tokens.float().cpu().mT.unflatten(2, model.grid_size)  # (B, C, Dg, Hg, Wg) of a window
-            for window, part in zip(batch, maps, strict=True):
+            crops = torch.stack([crop_window(x, window, stride, fill=fill) for window in batch])
+            maps = model.forward_features(crops.to(parameter)).float().cpu()
+            if maps.ndim == 3:  # tokens (B, P + N, C)
+                maps = maps[:, model.num_prefix_tokens :].mT.unflatten(2, window_grid)
+            for window, part in zip(batch, maps, strict=True):  # (C, Dg, Hg, Wg) of a window
                 features[:, *window] += part * weight
                 total[window] += weight
             if progress:
                 progress(start + len(batch), len(windows))
     return features.div_(total)
+
+
+def last_map(model: nn.Module) -> tuple[Size, Size]:
+    """The stride of an encoder's last map, in voxels along (D, H, W), and its grid for one input.
+
+    The patch size would not do: that of a Swin transformer is the stride of its finest map.
+
+    Args:
+        model: As for `dense_features`.
+
+    Raises:
+        SpecError: When the input size is no multiple of the stride; the last row of the map is then padding in part.
+    """
+    encoder = _encoder(model)
+    info = getattr(encoder, "feature_info", None)
+    stride = tuple(info[-1]["reduction"]) if info else tuple(encoder.patch_size)
+    if any(side % step for side, step in zip(encoder.img_size, stride, strict=True)):
+        raise SpecError(
+            f"img_size {tuple(encoder.img_size)} is no multiple of {stride}, the stride of the encoder's last map; "
+            "change it with img_size= at creation or set_input_size"
+        )
+    depth, height, width = (side // step for side, step in zip(encoder.img_size, stride, strict=True))
+    return stride, (depth, height, width)
 
 
 def foreground_patches(x: Tensor, patch_size: Size) -> Tensor:
@@ -182,12 +213,16 @@ def save_embeddings(path: str | Path, embeddings: Mapping[str, Embedding]) -> No
             raise OSError(f"{path}: {error}") from None
 
 
-def _token_to_voxel(patch_size: Size) -> Tensor:
-    """Affine from token index to the voxel index of the patch's centre: (4, 4) float64."""
+def _encoder(model: nn.Module) -> nn.Module:
+    return model.encoder if isinstance(model, Segmenter) else model
+
+
+def _token_to_voxel(stride: Size) -> Tensor:
+    """Affine from token index to the voxel index of the centre of its voxels: (4, 4) float64."""
     matrix = torch.eye(4, dtype=torch.float64)
-    for axis, patch in enumerate(patch_size):
-        matrix[axis, axis] = patch
-        matrix[axis, 3] = (patch - 1) / 2
+    for axis, step in enumerate(stride):
+        matrix[axis, axis] = step
+        matrix[axis, 3] = (step - 1) / 2
     return matrix
 
 

@@ -85,7 +85,7 @@ _registered_families: dict[str, Family] = {}
 def list_models(
     filter: str | Iterable[str] = "*",
     *,
-    exclude: str | Iterable[str] = (),
+    exclude_filters: str | Iterable[str] = (),
     tags: str | Iterable[str] = (),
     pretrained: bool = False,
 ) -> list[str]:
@@ -93,11 +93,11 @@ def list_models(
 
     Args:
         filter: Wildcards, one or several of which must match: "vit_*", ["vit_t*", "vit_s*"].
-        exclude: Wildcards none of which may match.
+        exclude_filters: Wildcards none of which may match.
         tags: Words all of which the model must carry, such as "mae".
         pretrained: Lists only architectures that have weights.
     """
-    filter, exclude, tags = _several(filter), _several(exclude), _several(tags)
+    filter, exclude, tags = _several(filter), _several(exclude_filters), _several(tags)
     return sorted(
         (
             name

@@ -25,8 +25,8 @@ from medmim.transforms import create_transform
 from medmim.windows import cover, covering_grid, crop_window, to_voxels
 
 if TYPE_CHECKING:
+    from medmim.scans import Scan
     from medmim.spec import VolumeSpec
-    from medmim.volumes import Volume
 
 BAND_BYTES = 1_000_000_000  # of scores kept at a time
 
@@ -73,7 +73,7 @@ def read_segmentation(path: str | Path, classes: tuple[str, ...]) -> Segmentatio
 
 def segment(
     model: Segmenter,
-    scan: str | Path | Volume | np.ndarray,
+    scan: Scan,
     *,
     modality: str | None = None,
     volume: VolumeSpec | None = None,

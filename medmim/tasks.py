@@ -30,7 +30,7 @@ def create_segmenter(
         encoder: A name as for `create_model`; of a segmenter that was saved, the encoder is taken.
         decoder: "unetr" for a plain transformer, "unet" for a pyramid (residual and Swin encoders); "light" (transposed
             convolutions) and "linear" take any encoder.
-        num_classes: K, the background included; may be left out when `classes` are given.
+        num_classes: K, the background included, at least 2; may be left out when `classes` are given.
         classes: Their names, the background first; without them "background", "class 1", ...
         pretrained: Loads the encoder's weights; the decoder is new either way. The model is then in evaluation mode.
         decoder_args: Arguments of the decoder, such as `feature_size` of "unetr".
@@ -47,6 +47,8 @@ def create_segmenter(
     """
     if num_classes is None and not classes:
         raise SpecError("a segmenter needs num_classes=, the background included, or classes=, their names")
+    if (len(classes) if num_classes is None else num_classes) < 2:
+        raise SpecError("a segmenter needs two classes or more, the background included")
     classes = tuple(classes) or ("background", *(f"class {i}" for i in range(1, num_classes)))
     if num_classes not in (None, len(classes)):
         raise SpecError(f"num_classes is {num_classes}, but {len(classes)} classes are named")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import nibabel as nib
@@ -21,8 +20,9 @@ from scipy.ndimage import gaussian_filter1d
 from medmim.errors import ScanError, SpecError
 from medmim.intensity import intensity_map
 from medmim.limits import VOXELS
+from medmim.scans import AFFINE_TOLERANCE, Scan, as_volume
 from medmim.spec import VolumeSpec
-from medmim.volumes import Volume, load_volume
+from medmim.volumes import Volume
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 AIR = -300  # HU; below it lie air, lung and the outside of a patient, and nothing in MR or PET
 AIR_FRACTION = 0.01
 
-LABEL_TOLERANCE = 1e-2  # mm: programs round what they write into headers
 SLAB_VOXELS = 8_000_000  # resampled at a time on the way back; a coordinate grid needs 12 bytes a voxel
 
 
@@ -123,21 +122,22 @@ class VolumeTransform:
         self.modality = modality
         self.fit = fit
 
-    def __call__(self, scan: str | Path | Volume | np.ndarray) -> MetaTensor:
+    def __call__(self, scan: Scan) -> MetaTensor:
         """Prepares one scan.
 
         Args:
-            scan: A path for `load_volume`, a `Volume`, or an array (D, H, W) or (C, D, H, W) that already has the
-                orientation and spacing of the spec.
+            scan: A path for `load_volume`, or a list of them, one a channel, which lie on each other; a `Volume`; a
+                nibabel image or a MetaTensor of MONAI, with their affine; or an array or tensor (D, H, W) or
+                (C, D, H, W) that already has the orientation and spacing of the spec.
 
         Returns:
             (C, D, H, W) float32; `affine` is voxel index to RAS mm, and `meta` has what `inverse` needs.
 
         Raises:
-            ScanError: When the scan cannot be read, has another number of channels than the network takes, or seems
-                to be of a modality that the weights do not cover.
+            ScanError: When the scan is none of these, cannot be read, has another number of channels than the network
+                takes, or seems to be of a modality that the weights do not cover.
         """
-        volume = self._as_volume(scan)
+        volume = as_volume(scan, _grid_affine(self.spec))
         if len(volume.array) != self.in_chans:
             raise ScanError(
                 f"{volume.name}: has {len(volume.array)} channel(s) but the model takes {self.in_chans}; create the "
@@ -179,14 +179,6 @@ class VolumeTransform:
             mode="nearest" if labels else "bilinear",
         )
 
-    def _as_volume(self, scan: str | Path | Volume | np.ndarray) -> Volume:
-        if isinstance(scan, Volume):
-            return scan
-        if isinstance(scan, np.ndarray):
-            array = scan[None] if scan.ndim == 3 else scan
-            return Volume(array, _grid_affine(self.spec))
-        return load_volume(scan)
-
     def _modality_of(self, volume: Volume) -> str:
         modality = self.modality or guess_modality(volume)
         if modality not in self.spec.intensity:
@@ -205,6 +197,8 @@ def create_transform(
     volume: VolumeSpec | None = None,
 ) -> VolumeTransform:
     """The preprocessing that a model's weights expect.
+
+    The transform takes paths, volumes, arrays, tensors and nibabel images; see `VolumeTransform.__call__`.
 
     Args:
         model: Has `img_size`, `in_chans` and `spec`, as every model of `create_model`.
@@ -236,9 +230,8 @@ def labels_on_grid(labels: Volume, *, like: MetaTensor) -> torch.Tensor:
     Raises:
         ScanError: When the labels do not have the scan's shape and place.
     """
-    check_labels_place(
-        labels, shape=tuple(like.meta["original_shape"]), affine=np.asarray(like.meta["original_affine"])
-    )
+    shape, affine = tuple(like.meta["original_shape"]), np.asarray(like.meta["original_affine"])
+    check_labels_place(labels, shape=shape, affine=affine)
     source = MetaTensor(torch.from_numpy(labels.array.astype(np.float32)), affine=torch.as_tensor(labels.affine))
     return _resample_to(source, like.affine, like.shape[1:], mode="nearest")[0].as_tensor()
 
@@ -249,7 +242,7 @@ def check_labels_place(labels: Volume, *, shape: tuple[int, ...], affine: np.nda
     Raises:
         ScanError: With what differs.
     """
-    if labels.array.shape[1:] != shape or not np.allclose(labels.affine, affine, atol=LABEL_TOLERANCE):
+    if labels.array.shape[1:] != shape or not np.allclose(labels.affine, affine, atol=AFFINE_TOLERANCE):
         raise ScanError(
             f"{labels.name}: does not lie on its scan ({labels.array.shape[1:]} voxels for {shape}, or another affine)"
             "; resample it to the scan"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import medmim
-from fakes import save_tiny, tiny_model
+from fakes import RECORD, save_tiny, tiny_model
 from medmim import cli, export
 from medmim.errors import MedmimError, SpecError, WeightsError
 from medmim.spec import ModelSpec
@@ -88,6 +88,35 @@ def test_monai_bundle(tmp_path, monkeypatch):
     pooled = medmim.embed(model, root / "scans" / "head.nii.gz").pooled
     written = load_file(root / "features.safetensors")
     assert any(tensor.shape == pooled.shape and torch.equal(tensor, pooled) for tensor in written.values())
+
+
+@pytest.mark.parametrize(("name", "decoder"), [("vit_t_mae3d", "light"), ("swin_t_simmim3d", "unet")])
+def test_monai_bundle_of_a_segmenter_embeds_by_its_encoder(name, decoder, tmp_path):
+    from monai.bundle import ConfigWorkflow, verify_net_in_out
+
+    medmim.save_pretrained(tiny_model(name), tmp_path / "tiny", weights={**RECORD, "decoder_spec": None})
+    tiny = f"local-dir:{tmp_path / 'tiny'}"
+    model = medmim.create_segmenter(tiny, decoder, num_classes=3, pretrained=True)
+    root = tmp_path / "bundle"
+    medmim.export_model(model, root, to="monai-bundle")
+    configs = [str(root / "configs" / f"{name}.json") for name in ("inference", "metadata")]
+    verify_net_in_out("network_def", configs[1], configs[0], bundle_root=str(root), device="cpu")
+    (root / "scans").mkdir()
+    write_scan(root / "scans" / "head.nii.gz")
+    workflow = ConfigWorkflow(*configs, workflow_type="infer", logging_file=False, bundle_root=str(root), device="cpu")
+    workflow.initialize()
+    workflow.run()
+    pooled = medmim.embed(medmim.create_model(tiny, pretrained=True), root / "scans" / "head.nii.gz").pooled
+    assert torch.equal(load_file(root / "features.safetensors")["head.nii.gz/pooled"], pooled)
+
+
+def test_what_a_bundle_could_not_embed_is_not_exported(tmp_path):
+    swin = tiny_model("swin_t_simmim3d")
+    medmim.save_pretrained(swin, tmp_path / "tiny", weights={**RECORD, "decoder_spec": None})
+    model = medmim.from_pretrained(tmp_path / "tiny", img_size=(32, 40, 16))
+    with pytest.raises(SpecError, match=r"no multiple of .* the stride of the encoder's last map"):
+        medmim.export_model(model, tmp_path / "bundle", to="monai-bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_the_command(tmp_path, monkeypatch, capfd):

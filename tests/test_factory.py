@@ -9,7 +9,9 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -177,6 +179,8 @@ def test_without_pretrained_a_folder_gives_the_architecture_alone(tiny_folder):
         ("hf-hub:name", WeightsError, "'name' is not the name of a repository"),
         ("hf-hub:../../etc", WeightsError, "'../../etc' is not the name of a repository"),
         ("local-dir:nowhere", WeightsError, "nowhere: there is no such folder"),
+        (Path("folder"), UnknownModelError, "from_pretrained(PATH) loads a folder, as does the name 'local-dir:PATH'"),
+        (None, UnknownModelError, "None is no name of a model"),
         ("vit_t_mae3d.nothing", UnknownModelError, "no weights tagged 'nothing'"),
     ],
 )
@@ -200,10 +204,46 @@ def test_a_wrong_argument_gets_the_accepted_ones(argument, message):
     assert "global_pool" in str(error.value)
 
 
-@pytest.mark.parametrize("args", [{"img_size": 96}, {"img_size": (33, 48, 16)}, {"num_heads": 7}, {"pos_embed": "x"}])
+@pytest.mark.parametrize("args", [{"img_size": (33, 48, 16)}, {"num_heads": 7}, {"global_pool": "token"}])
 def test_impossible_arguments_are_one_error(args):
     with pytest.raises(SpecError, match="vit_t_mae3d cannot be built with these arguments: "):
         medmim.create_model("vit_t_mae3d", **args)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("img_size", "96", "img_size is '96'; give three whole numbers"),
+        ("img_size", (64, 64), "img_size is (64, 64); give three whole numbers"),
+        ("img_size", 96.0, "img_size is 96.0; give"),
+        ("img_size", (32, 48.0, 16), "img_size is (32, 48.0, 16); give"),
+        ("img_size", None, "img_size is None; give"),
+        ("img_size", 0, "img_size is 0; give three whole numbers of at least 1"),
+        ("patch_size", (8, -8, 8), "patch_size is (8, -8, 8); give"),
+        ("in_chans", "2", "in_chans: Input should be a valid integer, not '2'"),
+        ("num_classes", 2.0, "num_classes: Input should be a valid integer, not 2.0"),
+        ("pos_embed", "x", "pos_embed: Input should be 'sincos' or 'learned', not 'x'"),
+    ],
+)
+def test_arguments_of_another_type_are_named(pretrained, argument, value, message, tiny_weights):
+    with pytest.raises(SpecError, match=re.escape(f"tiny: {message}")):
+        medmim.create_model("tiny", pretrained, **{argument: value})
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_one_number_is_a_cube(pretrained, tiny_weights):
+    model = medmim.create_model("tiny", pretrained, img_size=32, patch_size=np.int64(16), num_classes=np.int64(3))
+    assert (model.img_size, model.patch_size) == ((32, 32, 32), (16, 16, 16))
+    assert model(volumes(model)).shape == (2, 3)
+    args = {"img_size": (32, 32, 32), "patch_size": (16, 16, 16), "num_classes": 3}
+    assert {key: value for key, value in model.spec.args.items() if key in args} == args
+    assert medmim.create_model("tiny", pretrained, img_size=[32, 32, 48]).img_size == (32, 32, 48)
+
+
+def test_feature_maps_of_timm_have_another_name_here():
+    with pytest.raises(UnknownModelError, match=r"no argument 'features_only'; forward_intermediates\(x\)"):
+        medmim.create_model("vit_t_mae3d", features_only=True)
 
 
 def test_a_path_that_is_neither_folder_nor_repository(tmp_path):

@@ -10,10 +10,13 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import medmim
+from fakes import tiny_model
 from medmim.errors import ScanError, SpecError
+from medmim.heads.segmenter import Segmenter
 from medmim.inference import dense_features, embed, foreground_patches, save_embeddings
 from medmim.models.vit import VisionTransformer3D
-from medmim.spec import VolumeSpec, Window
+from medmim.spec import PartSpec, VolumeSpec, Window
 from medmim.volumes import Volume
 
 PATCH, WINDOW = (4, 8, 2), (16, 24, 12)  # a token grid of 4 x 3 x 6
@@ -102,6 +105,62 @@ def test_batches_change_nothing_but_the_batches(batch_size):
     assert max(model.batches) == min(batch_size, total)
     assert calls[-1] == (total, total)
     assert len(calls) == len(model.batches)
+
+
+# --- encoders of the catalog ------------------------------------------------------------------------------------------
+
+
+def encoders() -> dict[str, nn.Module]:
+    """One of each family, pruned to maps of another stride, and inside of a segmenter."""
+    families = {medmim.model_info(name).family: name for name in medmim.list_models()}
+    models = {family: tiny_model(name, in_chans=2) for family, name in families.items()}
+    for family in ("resenc", "swin"):
+        models[f"{family}-pruned"] = tiny_model(families[family], in_chans=2)
+        models[f"{family}-pruned"].prune_intermediate_layers([0])
+    for family, model in list(models.items())[: len(families)]:
+        decoder = PartSpec(kind="linear")
+        models[f"{family}-segmenter"] = Segmenter(model, decoder, num_classes=2)
+    return {name: model.eval() for name, model in models.items()}
+
+
+ENCODERS = encoders()
+
+
+@pytest.mark.parametrize("model", ENCODERS.values(), ids=ENCODERS.keys())
+def test_every_encoder_embeds(model):
+    encoder = getattr(model, "encoder", model)
+    x = noise(2, *encoder.img_size)
+    with torch.no_grad():
+        final, maps = encoder.forward_intermediates(x[None], [-1], norm=True)
+        pooled = encoder.forward_head(final, pre_logits=True)[0]
+    features = dense_features(model, x)
+    torch.testing.assert_close(features, maps[0][0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features.mean(dim=(1, 2, 3)), pooled, atol=1e-4, rtol=1e-4)
+    for axis in (1, 2, 3):
+        together = dense_features(model, torch.cat([x, 1 - x], dim=axis), overlap=0)
+        apart = torch.cat([features, dense_features(model, 1 - x)], dim=axis)
+        torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+
+    shape = tuple(side + 3 for side in encoder.img_size)
+    scan = Volume(noise(2, *shape).numpy(), np.diag([2.0, 1.0, 3.0, 1.0]))
+    embedding = embed(model, scan, volume=SPEC, modality="CT")
+    stride = encoder.feature_info[-1]["reduction"]
+    assert tuple(embedding.features.shape[1:]) == tuple(
+        math.ceil(side / step) for side, step in zip(shape, stride, strict=True)
+    )
+    np.testing.assert_allclose(np.diag(embedding.affine.numpy())[:3], np.multiply(stride, SPEC.spacing))
+    np.testing.assert_allclose(embedding.affine[:3, 3], (np.array(stride) - 1) / 2 * SPEC.spacing)
+    assert embedding.pooled.shape == (encoder.num_features,)
+    assert torch.isfinite(embedding.pooled).all()
+
+
+def test_input_that_the_strides_do_not_divide_is_refused():
+    model = tiny_model("swin_t_simmim3d", img_size=(32, 40, 16))
+    with pytest.raises(SpecError, match=r"img_size \(32, 40, 16\) is no multiple of \(16, 16, 8\), the stride of"):
+        dense_features(model, noise(1, 32, 40, 16))
+
+
+# --- memory and modes -------------------------------------------------------------------------------------------------
 
 
 class LargeStorages(TorchDispatchMode):

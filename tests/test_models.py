@@ -110,12 +110,19 @@ def test_intermediates_refuse_what_does_not_exist(model, x):
         model.forward_intermediates(x, output_fmt="NCHW")
 
 
+@pytest.mark.parametrize("prune_norm", [False, True])
 @every_model
-def test_pruning_keeps_the_outputs_of_what_stays(model, x):
+def test_pruning_keeps_the_outputs_of_what_stays(model, x, prune_norm):
     before = model.forward_intermediates(x, [1], intermediates_only=True)[0]
-    assert model.prune_intermediate_layers([1]) == [1]
+    model.reset_classifier(3)
+    assert model.prune_intermediate_layers([1], prune_norm=prune_norm) == [1]
     assert torch.equal(model.forward_intermediates(x, [1], intermediates_only=True)[0], before)
     assert len(model.feature_info) == 2
+    assert model(x).shape == (2, model.num_features)
+    # Nothing that may come later needs what was dropped.
+    model.reset_classifier(3, model.global_pool)
+    model.set_input_size(model.img_size)
+    assert model(x).shape == (2, 3)
 
 
 @every_model
@@ -142,6 +149,14 @@ def test_another_input_size(model):
     assert model(torch.rand(1, model.in_chans, *larger)).shape == (1, model.num_features)
     with pytest.raises(ValueError, match="not a multiple"):
         model.set_input_size((larger[0] + 1, *larger[1:]))
+    side = 2 * math.lcm(*model.patch_size)
+    model.set_input_size(side, model.patch_size)
+    assert model.img_size == (side,) * 3
+    assert model(torch.rand(1, model.in_chans, *model.img_size)).shape == (1, model.num_features)
+    for wrong in ("96", (64, 64), 96.0, 0):
+        with pytest.raises(ValueError, match=r"img_size is .*; give three whole numbers"):
+            model.set_input_size(wrong)
+    assert model.img_size == (side,) * 3
 
 
 @every_model

@@ -64,7 +64,7 @@ def test_recipes_exist():
 def test_table_of_models_is_the_catalog():
     rows = re.findall(r"^\| `(\w+)` \| (\d+), (\d+), (\d+) \| (\d+ M) \|", README, re.MULTILINE)
     described = {name: tuple(map(int, numbers)) for name, *numbers, _ in rows}
-    catalog = medmim.list_models("vit_*", exclude="*_p8", tags="mae")
+    catalog = medmim.list_models("vit_*", exclude_filters="*_p8", tags="mae")
     assert described == {
         name: tuple(medmim.model_info(name).args[key] for key in ("embed_dim", "depth", "num_heads"))
         for name in catalog
@@ -73,7 +73,7 @@ def test_table_of_models_is_the_catalog():
     assert all(medmim.is_model(f"{name}_p8") for name in catalog)
 
 
-@pytest.mark.parametrize("name", medmim.list_models(exclude="*_p8"))
+@pytest.mark.parametrize("name", medmim.list_models(exclude_filters="*_p8"))
 def test_every_model_is_named(name):
     assert f"`{name}`" in README
 

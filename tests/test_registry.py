@@ -165,8 +165,8 @@ def test_a_bad_record_of_the_catalog_is_refused_when_it_is_asked_for(registry, m
     [
         ({"filter": "conv_*"}, ["conv_9", "conv_9a", "conv_10"]),
         ({"filter": ["conv_9*", "vit_t_mae3d"]}, ["conv_9", "conv_9a", "vit_t_mae3d"]),
-        ({"filter": "conv_*", "exclude": "*9*"}, ["conv_10"]),
-        ({"filter": "conv_*", "exclude": ["*a", "*0"]}, ["conv_9"]),
+        ({"filter": "conv_*", "exclude_filters": "*9*"}, ["conv_10"]),
+        ({"filter": "conv_*", "exclude_filters": ["*a", "*0"]}, ["conv_9"]),
         ({"filter": "conv_*", "tags": "mae"}, ["conv_9"]),
         ({"filter": "conv_*", "tags": ["mae", "simmim"]}, []),
         ({"filter": "conv_*", "pretrained": True}, ["conv_9"]),

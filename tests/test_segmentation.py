@@ -195,6 +195,8 @@ def test_models_of_another_kind_are_refused():
     for model in (tiny_model(), Thresholds()):
         with pytest.raises(SpecError, match="vit_t_mae3d does not classify; `medmim-train finetune`"):
             classify(model, "scan.nii.gz")
+    with pytest.raises(SpecError, match=r"vit_t_mae3d has a single output, .*; use two classes or more"):
+        classify(tiny_model(num_classes=1), "scan.nii.gz")
 
 
 # --- classification ---------------------------------------------------------------------------------------------------

@@ -269,7 +269,9 @@ def test_an_older_config_has_no_task(tiny_folder):
     [
         ({}, SpecError, "needs num_classes="),
         ({"num_classes": 2, "classes": CLASSES}, SpecError, "num_classes is 2, but 3 classes"),
-        ({"num_classes": 1}, SpecError, "classes"),
+        ({"num_classes": 0}, SpecError, "needs two classes or more, the background included"),
+        ({"num_classes": 1}, SpecError, "needs two classes or more, the background included"),
+        ({"classes": ("a",)}, SpecError, "needs two classes or more, the background included"),
         ({"classes": ("a", "a")}, SpecError, "same name"),
         ({"num_classes": 2, "decoder": "unetrr"}, SpecError, "there is no decoder 'unetrr'; there are unetr, unet"),
         ({"num_classes": 2, "decoder_args": {"widht": 4}}, SpecError, "widht"),

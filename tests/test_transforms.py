@@ -6,13 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.data import MetaTensor
+from monai.transforms import LoadImage
+from monai.utils import SpaceKeys
 from torch import nn
 
 from medmim.errors import ScanError, SpecError
 from medmim.intensity import IntensityMap, intensity_map
 from medmim.spec import ModelSpec, Percentile, VolumeSpec, Window, ZScore
 from medmim.transforms import VolumeTransform, create_transform, guess_modality, to_grid
-from medmim.volumes import Volume, load_volume
+from medmim.volumes import LPS_TO_RAS, Volume, load_volume
 
 SHAPE = (41, 22, 33)
 AXES = {  # columns: the direction of each array axis, before a rotation of 10 degrees
@@ -298,6 +301,98 @@ def test_array_lies_on_the_grid_already():
     np.testing.assert_allclose(x.numpy()[0], (array + 1000) / 2000, atol=1e-6)
     assert nib.aff2axcodes(x.affine.numpy()) == ("S", "L", "A")
     np.testing.assert_array_equal(transform(array[None]).numpy(), x.numpy())
+
+
+FORMS = {
+    "image": lambda volume: nib.Nifti1Image(volume.array[0], volume.affine),
+    "image of one frame": lambda volume: nib.Nifti1Image(volume.array[0][..., None], volume.affine),
+    "meta tensor": lambda volume: MetaTensor(volume.array, affine=volume.affine),
+    "meta tensor without channels": lambda volume: MetaTensor(volume.array[0], affine=volume.affine),
+    "meta tensor in LPS": lambda volume: MetaTensor(
+        volume.array, affine=LPS_TO_RAS @ volume.affine, meta={"space": SpaceKeys.LPS}
+    ),
+    "meta tensor with gradients": lambda volume: MetaTensor(volume.array, affine=volume.affine).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_what_has_an_affine_is_prepared_as_the_volume_is(form):
+    volume = ramp_volume()
+    transform = VolumeTransform(volume_spec(), (16, 24, 20), modality="CT")
+    expected, x = transform(volume), transform(form(volume))
+    torch.testing.assert_close(x.as_tensor(), expected.as_tensor())
+    torch.testing.assert_close(x.affine, expected.affine)
+    assert transform.inverse(x).shape == volume.array.shape
+
+
+@pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader")  # of LoadImage, which looks for all its readers
+@pytest.mark.parametrize("slope", [None, 0.37])
+def test_what_a_library_read_from_a_file_is_prepared_as_the_file_is(slope, tmp_path):
+    volume, path = ramp_volume(), tmp_path / "scan.nii.gz"
+    image = nib.Nifti1Image(volume.array[0].round().astype(np.int16), volume.affine)
+    image.header.set_slope_inter(slope, None if slope is None else -12)
+    nib.save(image, path)
+    transform = VolumeTransform(volume_spec(), (16, 24, 20), modality="CT")
+    expected = transform(path)
+    for scan in (nib.load(path), str(path), [path], LoadImage()(path)):
+        x = transform(scan)
+        torch.testing.assert_close(x.as_tensor(), expected.as_tensor())
+        assert x.meta["filename_or_obj"] == str(path)
+    lazy = nib.load(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ScanError, match=r"scan.nii.gz: cannot be read \(.*\); copy or export it again"):
+        transform(lazy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16])
+def test_tensors_are_arrays(dtype):
+    tensor = torch.from_numpy(np.random.default_rng(0).normal(100, 30, (16, 24, 20))).to(dtype)
+    transform = VolumeTransform(volume_spec(), (16, 24, 20), modality="CT")
+    expected = transform(tensor.float().numpy())
+    for scan in (tensor, tensor[None]):
+        x = transform(scan)
+        torch.testing.assert_close(x.as_tensor(), expected.as_tensor())
+        torch.testing.assert_close(x.affine, expected.affine)
+
+
+def test_one_file_a_channel(tmp_path):
+    volume = ramp_volume()
+    paths = [tmp_path / name for name in ("t1.nii.gz", "t2.nii.gz")]
+    nib.save(nib.Nifti1Image(volume.array[0], volume.affine), paths[0])
+    nib.save(nib.Nifti1Image(-volume.array[0], volume.affine), paths[1])
+    transform = VolumeTransform(volume_spec(), (16, 24, 20), in_chans=2, modality="CT")
+    expected = transform(Volume(np.concatenate([volume.array, -volume.array]), volume.affine))
+    for scan in (paths, tuple(map(str, paths))):
+        torch.testing.assert_close(transform(scan).as_tensor(), expected.as_tensor())
+
+    moved = volume.affine.copy()
+    moved[0, 3] += 1
+    for array, affine in ((volume.array[0, :-1], volume.affine), (volume.array[0], moved)):
+        nib.save(nib.Nifti1Image(array, affine), paths[1])
+        with pytest.raises(ScanError, match=r"t2.nii.gz: does not lie on .*t1.nii.gz \(.*\); resample one to"):
+            transform(paths)
+
+
+@pytest.mark.parametrize("scan", [None, 3, {}, [], [1, 2], ["a.nii", 3], [[1.0]], b"scan.nii"], ids=repr)
+def test_what_is_no_scan_is_refused(scan):
+    with pytest.raises(ScanError, match=rf"a scan is a path, .*; this {type(scan).__name__} is none of these"):
+        VolumeTransform(volume_spec(), (8, 8, 8))(scan)
+
+
+@pytest.mark.parametrize(
+    ("scan", "message"),
+    [
+        (nib.Nifti1Image(np.zeros((5, 6, 7, 2), np.int16), np.eye(4)), r"has shape \(5, 6, 7, 2\), which is more than"),
+        (nib.Nifti1Image(np.zeros((5, 6, 7), np.int16), None), "the image has no affine"),
+        (nib.Nifti1Image(np.zeros((5, 6), np.int16), np.eye(4)), "give a 3-D scan"),
+        (torch.zeros(1, 1, 5, 6, 7), "has 4 axes beside the channels"),
+        (MetaTensor(torch.full((1, 5, 6, 7), torch.nan)), "are NaN or infinite"),
+        (torch.zeros(5, 6, 7, dtype=torch.complex64), "complex"),
+    ],
+)
+def test_images_and_tensors_that_are_no_scan_are_refused(scan, message):
+    with pytest.raises(ScanError, match=f"this volume: .*{message}"):
+        VolumeTransform(volume_spec(), (8, 8, 8))(scan)
 
 
 def test_channels_are_scaled_one_by_one():

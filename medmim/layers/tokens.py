@@ -7,11 +7,39 @@ token are row-major over (C, p, q, r), the order of a convolution's weight.
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
 Size = tuple[int, int, int]
+
+
+def to_size(value: Any, name: str) -> Size:
+    """Three sides along (D, H, W): those given, or one number for a cube, as timm and MONAI take it.
+
+    Args:
+        value: What a caller gave.
+        name: Of the argument, for the error.
+
+    Raises:
+        ValueError: For anything but one or three whole numbers of at least 1.
+    """
+    try:
+        sides = (operator.index(value),) * 3  # an index is a whole number of any library, and no float or text
+    except TypeError:
+        sides = value
+    try:
+        depth, height, width = map(operator.index, sides)
+        if min(depth, height, width) < 1:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} is {value!r}; give three whole numbers of at least 1 along (D, H, W), or one for a cube"
+        ) from None
+    return depth, height, width
 
 
 def to_grid_size(img_size: Size, patch_size: Size) -> Size:

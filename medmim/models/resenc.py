@@ -21,7 +21,7 @@ from medmim.layers.adapt import adapt_in_chans
 from medmim.layers.convolution import ConvNorm, init_convolutional, leaky_relu_
 from medmim.layers.features import chosen_indices
 from medmim.layers.sharing import Shareable
-from medmim.layers.tokens import Size, to_grid_size
+from medmim.layers.tokens import Size, to_grid_size, to_size
 
 
 class ResidualBlock(nn.Module):
@@ -144,19 +144,19 @@ class ResidualEncoder3D(Shareable, nn.Module):
             for i, width in enumerate(self.channels)
         ]
 
-    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+    def set_input_size(self, img_size: Size | int | None = None, patch_size: Size | int | None = None) -> None:
         """Changes the input size; no weight depends on it.
 
         Args:
-            img_size: Voxels along (D, H, W).
+            img_size: Voxels along (D, H, W); one number for a cube.
             patch_size: For the contract of encoders; only the product of the strides is possible.
 
         Raises:
-            ValueError: For a size that the strides do not divide or reduce to one voxel, or another patch size.
+            ValueError: For no size, one that the strides do not divide or reduce to one voxel, or another patch size.
         """
-        if patch_size is not None and tuple(patch_size) != self.patch_size:
-            raise ValueError(f"patch_size cannot be {tuple(patch_size)}: the strides make it {self.patch_size}")
-        img_size = tuple(img_size or self.img_size)
+        if patch_size is not None and to_size(patch_size, "patch_size") != self.patch_size:
+            raise ValueError(f"patch_size cannot be {patch_size}: the strides make it {self.patch_size}")
+        img_size = to_size(self.img_size if img_size is None else img_size, "img_size")
         grid_size = to_grid_size(img_size, self.patch_size)
         if math.prod(grid_size) == 1:
             raise ValueError(

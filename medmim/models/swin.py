@@ -36,7 +36,7 @@ from medmim.layers.features import chosen_indices
 from medmim.layers.patch import PatchEmbed
 from medmim.layers.position import resample_position
 from medmim.layers.sharing import Shareable
-from medmim.layers.tokens import Size, patchify, to_grid_size
+from medmim.layers.tokens import Size, patchify, to_grid_size, to_size
 from medmim.layers.transformer import DropPath, Mlp, init_transformer
 
 LARGEST_WINDOW = 4096  # tokens; attention inside needs the square of it
@@ -349,17 +349,18 @@ class SwinTransformer3D(Shareable, nn.Module):
             for i, module in enumerate(modules)
         ]
 
-    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+    def set_input_size(self, img_size: Size | int | None = None, patch_size: Size | int | None = None) -> None:
         """Changes the input size, the patch size, or both; the patch projection is resampled to fit.
 
         Args:
-            img_size: Voxels along (D, H, W).
-            patch_size: Voxels of a patch along (D, H, W).
+            img_size: Voxels along (D, H, W); one number for a cube.
+            patch_size: Voxels of a patch, likewise.
 
         Raises:
-            ValueError: When the first is not a multiple of the second.
+            ValueError: When the first is not a multiple of the second, or one of them is no size.
         """
-        img_size, patch_size = tuple(img_size or self.img_size), tuple(patch_size or self.patch_size)
+        img_size = to_size(self.img_size if img_size is None else img_size, "img_size")
+        patch_size = to_size(self.patch_size if patch_size is None else patch_size, "patch_size")
         self.grid_size = to_grid_size(img_size, patch_size)
         if patch_size != self.patch_size:
             old, self.patch_embed = self.patch_embed.proj, PatchEmbed(self.in_chans, self.embed_dim, patch_size)

@@ -25,7 +25,7 @@ from medmim.layers.features import chosen_indices
 from medmim.layers.patch import PatchEmbed
 from medmim.layers.position import resample_position, sincos_position
 from medmim.layers.sharing import Shareable
-from medmim.layers.tokens import Size, gather_patches, gather_tokens, patchify, to_grid_size
+from medmim.layers.tokens import Size, gather_patches, gather_tokens, patchify, to_grid_size, to_size
 from medmim.layers.transformer import Block, init_transformer
 
 
@@ -130,7 +130,7 @@ class VisionTransformer3D(Shareable, nn.Module):
         """Rebuilds what no file stores: the fixed positions."""
         if not self.learned_positions:
             position = sincos_position(self.grid_size, self.embed_dim)
-            self.register_buffer("pos_embed", position.to(self.norm.weight), persistent=False)
+            self.register_buffer("pos_embed", position.to(self.patch_embed.proj.weight), persistent=False)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -140,18 +140,19 @@ class VisionTransformer3D(Shareable, nn.Module):
             for i in range(len(self.blocks))
         ]
 
-    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+    def set_input_size(self, img_size: Size | int | None = None, patch_size: Size | int | None = None) -> None:
         """Changes the input size, the patch size, or both; the weights are resampled to fit.
 
         Args:
-            img_size: Voxels along (D, H, W).
-            patch_size: Voxels of a patch along (D, H, W).
+            img_size: Voxels along (D, H, W); one number for a cube.
+            patch_size: Voxels of a patch, likewise.
 
         Raises:
-            ValueError: When the first is not a multiple of the second.
+            ValueError: When the first is not a multiple of the second, or one of them is no size.
         """
         old_grid = self.grid_size
-        img_size, patch_size = tuple(img_size or self.img_size), tuple(patch_size or self.patch_size)
+        img_size = to_size(self.img_size if img_size is None else img_size, "img_size")
+        patch_size = to_size(self.patch_size if patch_size is None else patch_size, "patch_size")
         self.grid_size = to_grid_size(img_size, patch_size)
         if patch_size != self.patch_size:
             old, self.patch_embed = self.patch_embed.proj, PatchEmbed(self.in_chans, self.embed_dim, patch_size)
@@ -170,7 +171,7 @@ class VisionTransformer3D(Shareable, nn.Module):
             self._reset_pool(global_pool)
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        self.head.to(self.norm.weight)
+        self.head.to(self.patch_embed.proj.weight)
         self.init_head()
 
     def _reset_pool(self, global_pool: str) -> None:
@@ -188,7 +189,7 @@ class VisionTransformer3D(Shareable, nn.Module):
                 mlp_ratio=self.mlp_ratio,
                 norm_layer=partial(nn.LayerNorm, eps=1e-6),
             )
-            self.attn_pool.to(self.norm.weight)
+            self.attn_pool.to(self.patch_embed.proj.weight)
             self.attn_pool.apply(init_transformer)
 
     def get_classifier(self) -> nn.Module:

@@ -1,0 +1,106 @@
+"""What a caller may hand over as a scan, all of it as a `Volume`."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from monai.data import MetaTensor
+from monai.utils import MetaKeys, SpaceKeys
+from nibabel.spatialimages import SpatialImage
+from torch import Tensor, bfloat16
+
+from medmim.errors import ScanError
+from medmim.volumes import LPS_TO_RAS, Volume, load_volume, one_line
+
+Scan = str | PathLike | Sequence[str | PathLike] | Volume | np.ndarray | Tensor | SpatialImage
+
+AFFINE_TOLERANCE = 1e-2  # mm: programs round what they write into headers
+
+
+def as_volume(scan: Scan, grid_affine: np.ndarray) -> Volume:
+    """A scan in any of the forms that `VolumeTransform` takes.
+
+    Args:
+        scan: A path for `load_volume`, or a list of them, one a channel; a `Volume`; a nibabel image or a MetaTensor
+            of MONAI, with their affine; an array or tensor (D, H, W) or (C, D, H, W).
+        grid_affine: (4, 4), for arrays and tensors, which say nothing of where they lie.
+
+    Raises:
+        ScanError: When it is none of these, or cannot be read or used.
+    """
+    if isinstance(scan, Volume):
+        return scan
+    if isinstance(scan, str | PathLike):
+        return load_volume(scan)
+    if isinstance(scan, SpatialImage):
+        return _of_image(scan)
+    if isinstance(scan, MetaTensor):
+        return _of_meta_tensor(scan)
+    if isinstance(scan, Tensor):
+        scan = _to_numpy(scan)
+    if isinstance(scan, np.ndarray):
+        return Volume(_with_channel(scan), grid_affine)
+    if isinstance(scan, list | tuple) and scan and all(isinstance(path, str | PathLike) for path in scan):
+        return _of_channels(scan)
+    raise ScanError(
+        "a scan is a path, a list of paths (one a channel), a Volume, an array, a tensor or a nibabel image; this "
+        f"{type(scan).__name__} is none of these"
+    )
+
+
+def _of_channels(paths: Sequence[str | PathLike]) -> Volume:
+    """One channel a file, all on the grid of the first; the modality is theirs where they agree."""
+    volumes = [load_volume(path) for path in paths]
+    first = volumes[0]
+    for other in volumes[1:]:
+        if other.array.shape != first.array.shape or not np.allclose(other.affine, first.affine, atol=AFFINE_TOLERANCE):
+            raise ScanError(
+                f"{other.name}: does not lie on {first.name} ({other.array.shape[1:]} voxels for "
+                f"{first.array.shape[1:]}, or another affine); resample one to the other"
+            )
+    modalities = {volume.modality for volume in volumes}
+    array = np.concatenate([volume.array for volume in volumes])  # (C, D, H, W)
+    return Volume(array, first.affine, first.path, modalities.pop() if len(modalities) == 1 else None)
+
+
+def _of_image(image: SpatialImage) -> Volume:
+    """A nibabel image; of one that was read from a file, what `load_volume` makes of the file."""
+    path = image.get_filename()
+    name = path or "this volume"
+    if max(image.shape[3:], default=1) > 1:
+        raise ScanError(f"{name}: has shape {image.shape}, which is more than one 3-D scan; give one of its frames")
+    if image.affine is None:
+        raise ScanError(f"{name}: the image has no affine; make it with one, or give its array")
+    try:
+        array = _values(image)
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # of a file, which nibabel reads only now
+        raise ScanError(f"{name}: cannot be read ({one_line(error)}); copy or export it again") from None
+    return Volume(array.reshape(image.shape[:3])[None], image.affine, Path(path) if path else None)
+
+
+def _values(image: SpatialImage) -> np.ndarray:
+    stored = image.dataobj
+    if (getattr(stored, "slope", 1.0), getattr(stored, "inter", 0.0)) != (1.0, 0.0):
+        return image.get_fdata(dtype=np.float32, caching="unchanged")  # half of the memory, enough for what was scaled
+    return np.asanyarray(stored)
+
+
+def _of_meta_tensor(tensor: MetaTensor) -> Volume:
+    affine = tensor.affine.cpu().numpy().astype(np.float64)
+    if tensor.meta.get(MetaKeys.SPACE) == SpaceKeys.LPS:  # a reader that was told not to convert to RAS
+        affine = LPS_TO_RAS @ affine
+    path = tensor.meta.get("filename_or_obj")
+    return Volume(_with_channel(_to_numpy(tensor.as_tensor())), affine, Path(path) if isinstance(path, str) else None)
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == bfloat16 else tensor).numpy()  # numpy has no bfloat16
+
+
+def _with_channel(array: np.ndarray) -> np.ndarray:
+    return array[None] if array.ndim == 3 else array
