@@ -179,26 +179,27 @@ def segment(
 
     Example: `medmim segment scans/ -m local-dir:hippocampus -o masks`
     """
-    from medmim.cohort import ScanTable, name_scans
+    from medmim.cohort import ScanTable, name_scans, place_masks
     from medmim.segmentation import read_segmentation, segmented_classes
     from medmim.segmentation import segment as segment_scan
+    from medmim.volumes import quick_shape
 
     named = name_scans(scans, outside=output)
+    masks = place_masks(named, output)
     network = _load(model)
     classes = segmented_classes(network)
     table = ScanTable(output / "volumes.csv", [f"{name} (ml)" for name in classes[1:]])
-    masks = {name: output / f"{name}.nii.gz" for name in named}
-    done = [name for name, path in masks.items() if path.is_file()]
-    for name in done:
-        if name not in table:  # the run was stopped between the two
-            table.add(name, read_segmentation(masks[name], classes).millilitres.values())
+    left = {name: scan for name, scan in named.items() if name not in table or not masks[name].is_file()}
 
     def label(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
-        result = segment_scan(network, scan, modality=modality and modality.value, progress=progress)
-        result.save(masks[name])
+        if masks[name].is_file():  # the run was stopped before it wrote the row
+            result = read_segmentation(masks[name], classes, shape=quick_shape(scan))
+        else:
+            result = segment_scan(network, scan, modality=modality and modality.value, progress=progress)
+            result.save(masks[name])
         table.add(name, result.millilitres.values())
 
-    _each_scan({name: scan for name, scan in named.items() if name not in done}, label, output, len(done))
+    _each_scan(left, label, output, len(named) - len(left))
 
 
 @app.command()

@@ -116,6 +116,19 @@ def load_volume(path: str | Path) -> Volume:
     return Volume(array[None], affine, path, modality)
 
 
+def quick_shape(path: Path) -> tuple[int, int, int] | None:
+    """Voxels along (D, H, W) as the header of a NIfTI file says; None where that is not quick to know."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    if not path.name.lower().endswith(NIFTI_SUFFIXES):
+        return None
+    try:
+        return _nifti_class(path).from_filename(path).shape[:3]
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError):
+        return None
+
+
 def find_scans(folder: str | Path) -> list[Path]:
     """Scans at any depth below a folder, sorted: files by their suffix, and folders of DICOM slices (`*.dcm`)."""
     folder = Path(folder)
