@@ -16,7 +16,7 @@ from medmim import hub, registry
 from medmim.errors import SpecError
 from medmim.files import write_text
 from medmim.samples import SampleScan, sample_scans
-from medmim.spec import ModelSpec, Percentile, TrainingRecord, VolumeSpec, WeightsSpec, Window
+from medmim.spec import ModelSpec, Origin, Percentile, TrainingRecord, VolumeSpec, WeightsSpec, Window
 
 NOTICE = "For research. Not a medical device: not for diagnosis or any decision about a patient."
 PICTURE_FILE = "reconstruction.png"  # in a model folder
@@ -29,6 +29,9 @@ METHODS = {
     "simmim": ("masked image modelling (SimMIM)", True),
     "simclr": ("contrastive learning (SimCLR)", False),
 }
+
+# What the Hub calls the task of a model.
+PIPELINES = {"segmentation": "image-segmentation", "classification": "image-classification"}
 
 # --- the cards of the catalog -----------------------------------------------------------------------------------------
 
@@ -85,14 +88,14 @@ def _read(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-# --- one card ---------------------------------------------------------------------------------------------------------
+# --- the card of an encoder -------------------------------------------------------------------------------------------
 
 
 def render_card(spec: ModelSpec, *, picture: str | None = None) -> str:
     """The card of a set of weights.
 
     Args:
-        spec: With its weights and their training record.
+        spec: With its weights, and unless it has a task, their training record.
         picture: Path, relative to the card, of a reconstruction of `card_scan`.
 
     Returns:
@@ -102,6 +105,8 @@ def render_card(spec: ModelSpec, *, picture: str | None = None) -> str:
         SpecError: When the spec has no weights, or they no training record.
     """
     weights = spec.weights
+    if weights is not None and spec.task is not None:
+        return _task_card(spec, weights)
     if weights is None or weights.training is None:
         raise SpecError(f"{spec.name}: a card needs weights with a training record")
     sections = [
@@ -115,9 +120,9 @@ def render_card(spec: ModelSpec, *, picture: str | None = None) -> str:
         _data(weights),
         _results(weights),
         _limits(weights),
-        _out_of_scope(weights),
-        _integrity(weights),
-        f"## Citation\n\n```bibtex\n{weights.citation.strip()}\n```",
+        _out_of_scope(weights.volume, "a reconstruction for something that was measured"),
+        _integrity(weights, f"Weights: {weights.license}, the strictest licence of the training data."),
+        _citation(weights),
     ]
     return _front_matter(spec, weights) + "\n\n".join(section for section in sections if section) + "\n"
 
@@ -129,10 +134,26 @@ def card_scan(volume: VolumeSpec) -> SampleScan | None:
 
 def _front_matter(spec: ModelSpec, weights: WeightsSpec) -> str:
     training = weights.training
-    task = "image-classification" if spec.args.get("num_classes") else "image-feature-extraction"
+    return _yaml(
+        weights,
+        name=spec.name,
+        pipeline="image-classification" if spec.args.get("num_classes") else "image-feature-extraction",
+        tags=[
+            *("medical", "3d", "self-supervised-learning"),
+            *(["masked-image-modeling"] if _hides(weights) else []),
+            training.method,
+            *(modality.lower() for modality in weights.volume.modalities),
+            spec.family,
+        ],
+        # Those that are on the Hub; the table below has all.
+        datasets=sorted({source.name for source in training.data if hub.REPOSITORY.fullmatch(source.name)}),
+    )
+
+
+def _yaml(weights: WeightsSpec, *, name: str, pipeline: str, tags: list[str], datasets: Sequence[str] = ()) -> str:
     results = [
         EvalResult(
-            task_type=task,
+            task_type=pipeline,
             dataset_type=evidence.dataset,
             dataset_name=evidence.dataset,
             metric_type=evidence.metric,
@@ -143,19 +164,12 @@ def _front_matter(spec: ModelSpec, weights: WeightsSpec) -> str:
     data = ModelCardData(
         license=weights.license.lower(),
         library_name="medmim",
-        pipeline_tag=task,
-        tags=[
-            *("medical", "3d", "self-supervised-learning"),
-            *(["masked-image-modeling"] if _hides(weights) else []),
-            training.method,
-            *(modality.lower() for modality in weights.volume.modalities),
-            spec.family,
-        ],
-        # Those that are on the Hub; the table below has all.
-        datasets=sorted({source.name for source in training.data if hub.REPOSITORY.fullmatch(source.name)}) or None,
+        pipeline_tag=pipeline,
+        tags=tags,
+        datasets=list(datasets) or None,
         base_model=weights.base_model,
         base_model_relation="finetune" if weights.base_model else None,
-        model_name=spec.name,
+        model_name=name,
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---\n\n"
@@ -259,18 +273,21 @@ def _limits(weights: WeightsSpec) -> str:
     )
 
 
-def _out_of_scope(weights: WeightsSpec) -> str:
+def _out_of_scope(volume: VolumeSpec, mistaken: str) -> str:
     return (
         "## Out of scope\n\n"
-        f"Clinical use of any kind; scans other than {_modalities(weights.volume)}; finding out who somebody is; "
-        "taking a reconstruction for something that was measured."
+        f"Clinical use of any kind; scans other than {_modalities(volume)}; finding out who somebody is; "
+        f"taking {mistaken}."
     )
 
 
-def _integrity(weights: WeightsSpec) -> str:
+def _integrity(weights: WeightsSpec, licence: str) -> str:
     rows = [(f"`{file.name}`", file.size, f"`{file.sha256}`") for file in weights.files]
-    licence = f"Weights: {weights.license}, the strictest licence of the training data. Code: Apache-2.0."
-    return f"## Files and licence\n\n{_table(('file', 'bytes', 'sha256'), rows)}\n\n{licence}"
+    return f"## Files and licence\n\n{_table(('file', 'bytes', 'sha256'), rows)}\n\n{licence} Code: Apache-2.0."
+
+
+def _citation(weights: WeightsSpec) -> str:
+    return f"## Citation\n\n```bibtex\n{weights.citation.strip()}\n```"
 
 
 def _method(weights: WeightsSpec) -> str:
@@ -313,4 +330,97 @@ def _by(sizes: Iterable[float]) -> str:
 
 def _table(head: tuple, rows: Iterable[tuple]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(content: object) -> str:
+    """What stands in a table: one line, in which a bar ends no cell."""
+    return " ".join(str(content).splitlines()).replace("|", r"\|")
+
+
+# --- the card of a model for a task -----------------------------------------------------------------------------------
+
+
+def _task_card(spec: ModelSpec, weights: WeightsSpec) -> str:
+    """What is known of a model that was fine-tuned; its record is that of the weights that it started from."""
+    task, volume, origin = spec.task, spec.volume, _origin(spec)
+    name = weights.repo or spec.name
+    does = "segments" if task.kind == "segmentation" else "classifies"
+    network = f"`{spec.architecture}`" + (f" with the decoder `{task.decoder.kind}`" if task.decoder else "")
+    start = f", fine-tuned from `{origin.name}`" if origin else ""
+    licence = f"Weights: {weights.license}."
+    if origin:
+        licence += f" Those that they started from: {origin.license}."
+    tags = ["medical", "3d", task.kind, *(modality.lower() for modality in volume.modalities), spec.family]
+    sections = [
+        f"# {name}",
+        f"A network that {does} 3-D {_modalities(volume)} scans, for medmim: {network}{start}. {NOTICE}",
+        _task_use(spec),
+        "## Classes\n\n" + _table(("output", "class"), enumerate(task.classes)),
+        _input(spec, volume),
+        _started(weights, origin),
+        _results(weights),
+        _task_limits(weights),
+        _out_of_scope(volume, "what it predicts for a finding"),
+        _integrity(weights, licence),
+        _citation(weights),
+    ]
+    front = _yaml(weights, name=name, pipeline=PIPELINES[task.kind], tags=tags)
+    return front + "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _origin(spec: ModelSpec) -> Origin | None:
+    """What a model started from; one that was saved without it has a record of pretraining only if that is its own."""
+    if spec.task.origin is None and spec.weights.training is not None:
+        return Origin(name=spec.name, license=spec.weights.license)
+    return spec.task.origin
+
+
+def _task_use(spec: ModelSpec) -> str:
+    repo = spec.weights.repo
+    name = f"hf-hub:{repo}" if repo else "local-dir:FOLDER"
+    if spec.task.kind == "segmentation":
+        code = (
+            'result = medmim.segment(model, "scan.nii.gz")\n'
+            "print(result.millilitres)  # of each class\n"
+            'result.save("mask.nii.gz")  # labels, in the voxels of the scan'
+        )
+        command = f"medmim segment scans/ -m {name} -o masks"
+    else:
+        code = 'print(medmim.classify(model, "scan.nii.gz"))  # the probability of each class'
+        command = f"medmim classify scans/ -m {name} -o classes.csv"
+    return f"""## Use
+
+```python
+import medmim
+
+model = medmim.from_pretrained("{repo or "FOLDER"}")
+{code}
+```
+
+Scans are prepared as the input below says. For many of them:
+
+```bash
+{command}
+```"""
+
+
+def _started(weights: WeightsSpec, origin: Origin | None) -> str:
+    if origin is None:
+        return ""
+    text = f"The encoder started from the weights `{origin.name}`, licence {origin.license}"
+    if weights.training is not None:
+        text += f"; they were pretrained by {_method(weights)} on {weights.training.volumes} volumes without labels"
+    if weights.base_model:
+        text += f". The model that was trained further is in the repository `{weights.base_model}`"
+    return f"## Started from\n\n{text}."
+
+
+def _task_limits(weights: WeightsSpec) -> str:
+    beyond = "beyond the results above" if weights.evidence else "at all"
+    return (
+        "## Limits\n\n"
+        "The record does not have the labelled scans that it was fine-tuned on: of whom, how many, labelled by whom. "
+        f"Nothing is known {beyond} of how well it does on scans of other ages, diseases, vendors, field strengths or "
+        "protocols. It has an answer for any scan, also for one of another part of the body."
+    )

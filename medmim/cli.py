@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from medmim import pushing
+from medmim import __version__, pushing
 from medmim.command import Terminal, report, run
 from medmim.errors import MedmimError, ScanError, UnknownModelError, WeightsError, printable
 
@@ -65,6 +65,22 @@ ModalityOption = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        _say(f"medmim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Shows the version, and ends.")
+    ] = False,
+) -> None:
+    # What stands before a command. A docstring would replace the help of the application.
+    pass
+
+
 def main() -> None:
     """Entry point: errors for people, no tracebacks."""
     run(app)
@@ -72,7 +88,7 @@ def main() -> None:
 
 @app.command("list")
 def list_command(
-    pattern: Annotated[str, typer.Argument(help="Wildcards, for example 'vit_*'.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="A name, with a tag or without; wildcards as in 'vit_*'.")] = "*",
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Only models that have weights.")] = False,
 ) -> None:
     """Lists models and the weights there are.
@@ -81,9 +97,12 @@ def list_command(
     """
     from medmim.registry import list_models, list_pretrained
 
+    weights = list_pretrained(pattern)
+    named = {*list_models(pattern), *(name.partition(".")[0] for name in weights)}
     table = _table("model", "weights")
-    for name in list_models(pattern, pretrained=pretrained):
-        table.add_row(name, ", ".join(list_pretrained(name)) or "-")
+    for name in list_models(pretrained=pretrained):
+        if name in named:
+            table.add_row(name, ", ".join(full for full in weights if full.partition(".")[0] == name) or "-")
     if not table.row_count:
         raise UnknownModelError(f"no model {'with weights ' * pretrained}matches {pattern!r}; `medmim list` shows all")
     console.print(table)
@@ -132,7 +151,7 @@ def _about(weights: WeightsSpec) -> Iterator[tuple[str, str]]:
 
 @app.command()
 def embed(
-    scans: Annotated[list[Path], typer.Argument(help="NIfTI, NRRD or MHA files, or folders of one DICOM series each.")],
+    scans: ScansArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Safetensors file to write.")],
     model: ModelOption = DEFAULT_MODEL,
     modality: ModalityOption = None,
@@ -140,29 +159,27 @@ def embed(
 ) -> None:
     """Writes the dense features and one pooled vector of each scan.
 
-    A scan that cannot be used is reported and the others go on; the exit code is then 1.
+    A scan is called by its file name without the suffix, or by its path in the folder that was given. One that cannot
+    be used is reported and the others go on; the exit code is then 1.
 
-    Example: `medmim embed ct/*.nii.gz -o features.safetensors`
+    Example: `medmim embed scans/ -o features.safetensors`
     """
     _require_suffix(output, ".safetensors")
-    names = _unique_names(scans)
-    from medmim.factory import create_model
+    from medmim.cohort import name_scans
     from medmim.inference import embed as embed_scan
     from medmim.inference import save_embeddings
 
-    encoder = create_model(model, pretrained=True)
+    named = name_scans(scans)
+    encoder = _load(model)
     embeddings = {}
-    for name, scan in names.items():
-        try:
-            with _progress(name) as progress:
-                embeddings[name] = embed_scan(encoder, scan, modality=modality and modality.value, progress=progress)
-        except ScanError as error:
-            report(error)
+
+    def add(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
+        embeddings[name] = embed_scan(encoder, scan, modality=modality and modality.value, progress=progress)
+
+    failed = _each_scan(named, add)
     if embeddings:
         save_embeddings(output, embeddings)
-        _say(f"{output}: {len(embeddings)} of {len(scans)} scans")
-    if len(embeddings) < len(scans):
-        raise typer.Exit(1)
+    _conclude(output, len(named), failed)
 
 
 @app.command()
@@ -171,6 +188,7 @@ def segment(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the masks and `volumes.csv`.")],
     model: TaskModelOption,
     modality: ModalityOption = None,
+    hub: pushing.HubOption = None,
 ) -> None:
     """Labels the voxels of scans: a mask each, in the scan's own voxels, and the volume of each class in millilitres.
 
@@ -179,26 +197,27 @@ def segment(
 
     Example: `medmim segment scans/ -m local-dir:hippocampus -o masks`
     """
-    from medmim.cohort import ScanTable, name_scans
+    from medmim.cohort import ScanTable, name_scans, place_masks
     from medmim.segmentation import read_segmentation, segmented_classes
     from medmim.segmentation import segment as segment_scan
+    from medmim.volumes import quick_shape
 
     named = name_scans(scans, outside=output)
+    masks = place_masks(named, output)
     network = _load(model)
     classes = segmented_classes(network)
     table = ScanTable(output / "volumes.csv", [f"{name} (ml)" for name in classes[1:]])
-    masks = {name: output / f"{name}.nii.gz" for name in named}
-    done = [name for name, path in masks.items() if path.is_file()]
-    for name in done:
-        if name not in table:  # the run was stopped between the two
-            table.add(name, read_segmentation(masks[name], classes).millilitres.values())
+    left = {name: scan for name, scan in named.items() if name not in table or not masks[name].is_file()}
 
     def label(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
-        result = segment_scan(network, scan, modality=modality and modality.value, progress=progress)
-        result.save(masks[name])
+        if masks[name].is_file():  # the run was stopped before it wrote the row
+            result = read_segmentation(masks[name], classes, shape=quick_shape(scan))
+        else:
+            result = segment_scan(network, scan, modality=modality and modality.value, progress=progress)
+            result.save(masks[name])
         table.add(name, result.millilitres.values())
 
-    _each_scan({name: scan for name, scan in named.items() if name not in done}, label, output, len(done))
+    _conclude(output, len(left), _each_scan(left, label), already=len(named) - len(left))
 
 
 @app.command()
@@ -207,6 +226,7 @@ def classify(
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV file to write, or to add to.")],
     model: TaskModelOption,
     modality: ModalityOption = None,
+    hub: pushing.HubOption = None,
 ) -> None:
     """Writes the probability of each class for each scan.
 
@@ -228,7 +248,7 @@ def classify(
     def add_row(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
         table.add(name, classify_scan(network, scan, modality=modality and modality.value).values())
 
-    _each_scan(left, add_row, output, len(named) - len(left))
+    _conclude(output, len(left), _each_scan(left, add_row), already=len(named) - len(left))
 
 
 def _load(name: str) -> nn.Module:
@@ -240,10 +260,8 @@ def _load(name: str) -> nn.Module:
     return create_model(name, pretrained=True, device="cuda" if torch.cuda.is_available() else None)
 
 
-def _each_scan(
-    scans: Mapping[str, Path], do: Callable[[str, Path, Callable[[int, int], None]], None], output: Path, done: int
-) -> None:
-    """Does something to each scan; one that cannot be used is reported and the others go on."""
+def _each_scan(scans: Mapping[str, Path], do: Callable[[str, Path, Callable[[int, int], None]], None]) -> int:
+    """Does something to each scan; one that cannot be used is reported and the others go on. Returns how many."""
     failed = 0
     for i, (name, scan) in enumerate(scans.items(), start=1):
         try:
@@ -252,8 +270,13 @@ def _each_scan(
         except ScanError as error:
             report(error)
             failed += 1
-    skipped = f", {done} were there already" if done else ""
-    _say(f"{output}: {len(scans) - failed} of {len(scans)} scans{skipped}")
+    return failed
+
+
+def _conclude(output: Path, scans: int, failed: int, *, already: int = 0) -> None:
+    """Says how many scans the output has now; the exit code is 1 when some failed."""
+    skipped = f", {already} were there already" if already else ""
+    _say(f"{output}: {scans - failed} of {scans} scans{skipped}")
     if failed:
         raise typer.Exit(1)
 
@@ -275,11 +298,11 @@ def reconstruct(
     _require_suffix(output, ".png")
     import torch
 
-    from medmim.factory import create_decoder, create_model
+    from medmim.factory import create_decoder
     from medmim.pictures import reconstruction_picture
     from medmim.reconstruction import compare, reconstruct_scan
 
-    encoder = create_model(model, pretrained=True)
+    encoder = _load(model)
     decoder = create_decoder(encoder)
     generator = torch.Generator().manual_seed(seed)
     with _progress(scan.name) as progress:
@@ -309,6 +332,7 @@ def export_command(
     ],
     to: Annotated[Form, typer.Option("--to", help="ONNX, a .pt2 file of torch.export, or a folder for MONAI.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write; for monai-bundle a folder.")],
+    hub: pushing.HubOption = None,
 ) -> None:
     """Writes a model with its weights in a form that others load.
 
@@ -451,7 +475,7 @@ def verify(
     from medmim.verify import installed, models_in
     from medmim.verify import verify as check
 
-    checks, faults = 0, 0
+    checks, faults, unknown = 0, 0, 0
     names = [models_in(source) if Path(source).is_dir() else [source] for source in sources or installed()]
     for name in chain.from_iterable(names):
         try:
@@ -459,6 +483,9 @@ def verify(
                 checks += 1
                 faults += found.fault is not None
                 _say(f"{name}: {found.item}: {found.fault or 'ok'}")
+        except UnknownModelError as error:
+            report(error)
+            unknown += 1
         except MedmimError as error:
             report(error)
             checks, faults = checks + 1, faults + 1
@@ -467,6 +494,8 @@ def verify(
             f"{faults} of {checks} are not as published; copy a damaged file again, or delete it from the cache of the "
             "Hub to have it fetched again"
         )
+    if unknown:
+        raise typer.Exit(1)
 
 
 def _table(*columns: str) -> Table:
@@ -493,15 +522,6 @@ def _pairs(data: Mapping[str, object]) -> str:
 def _require_suffix(path: Path, suffix: str) -> None:
     if path.suffix.lower() != suffix:
         raise typer.BadParameter(f"{path} must end in {suffix}", param_hint="-o")
-
-
-def _unique_names(scans: list[Path]) -> dict[str, Path]:
-    """The file name of each scan, or the whole path where two have the same."""
-    names = [scan.absolute().name for scan in scans]
-    unique = {name if names.count(name) == 1 else str(scan): scan for name, scan in zip(names, scans, strict=True)}
-    if len(unique) < len(scans):
-        raise typer.BadParameter("a scan is given twice", param_hint="SCANS")
-    return unique
 
 
 @contextmanager

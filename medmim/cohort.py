@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from medmim.errors import ScanError, SpecError
@@ -17,23 +17,53 @@ def name_scans(paths: Iterable[Path], *, outside: Path | None = None) -> dict[st
     Args:
         paths: Scans, which are called by their file name, and folders of scans at any depth, which are called by their
             path below the folder. A folder without scans is taken for that of one DICOM series.
-        outside: A folder whose content is left out, such as that of results.
+        outside: A folder whose content is left out, such as that of results; it may lie in a folder of scans.
 
     Raises:
         ScanError: When two scans would have the same name.
+        SpecError: When all of a folder of scans would be left out.
     """
     named: dict[str, Path] = {}
     for path in paths:
         found = find_scans(path) if path.is_dir() else []
-        if outside is not None:
-            found = [scan for scan in found if outside.absolute() not in scan.absolute().parents]
+        if outside is not None and path.is_dir():
+            if _is_in(path, outside):
+                raise SpecError(f"{outside}: is or holds the folder of scans {path}; choose an output of its own")
+            found = [scan for scan in found if not _is_in(scan, outside)]
         for scan in found or [path]:
             inner = scan != path
             name = _without_suffix(scan.relative_to(path).as_posix() if inner else scan.absolute().name)
+            if named.get(name) == scan:
+                raise ScanError(f"{scan}: given twice; leave one out")
             if name in named:
                 raise ScanError(f"{named[name]} and {scan}: both would be called {name}; take them in separate runs")
             named[name] = scan
     return named
+
+
+def place_masks(named: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """Where the mask of each scan goes, by the scan's name.
+
+    Args:
+        named: Scans, see `name_scans`.
+        folder: For all masks.
+
+    Raises:
+        SpecError: When that is the place of a scan, which would be taken for a mask that is finished.
+    """
+    masks = {name: folder / f"{name}.nii.gz" for name in named}
+    scans = {scan.resolve() for scan in named.values()}
+    for mask in masks.values():
+        if mask.resolve() in scans:
+            raise SpecError(f"{mask}: is a scan, and a mask would go there; choose another output than {folder}")
+    return masks
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it, by whatever links either is named."""
+    # The last part stays as it is: a link to a scan lies where the link is.
+    where = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    return where.is_relative_to(folder.resolve())
 
 
 def _without_suffix(name: str) -> str:
@@ -49,15 +79,14 @@ class ScanTable:
         columns: Of numbers, besides the first, which is `scan`.
 
     Raises:
-        SpecError: When the file has other columns.
+        SpecError: When the file has other columns, or is no CSV file.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.header = path, ["scan", *columns]
         self.rows: dict[str, list[str]] = {}
         if path.is_file():
-            with open(path, newline="", encoding="utf-8") as file:
-                header, *rows = list(csv.reader(file)) or [[]]
+            header, *rows = _read_csv(path) or [[]]
             if header != self.header:
                 raise SpecError(
                     f"{path}: has the columns {', '.join(header)}, as of another model; choose another output"
@@ -71,3 +100,11 @@ class ScanTable:
         """Adds the row of a scan, or replaces it."""
         self.rows[scan] = [f"{value:.6g}" for value in values]
         write_csv(self.path, self.header, ([name, *row] for name, row in self.rows.items()))
+
+
+def _read_csv(path: Path) -> list[list[str]]:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error):
+        raise SpecError(f"{path}: not readable as CSV in UTF-8; choose another output, or delete it") from None

@@ -242,7 +242,7 @@ def save_pretrained(
         decoder: The pretraining decoder, to be saved beside it; the record must have its `decoder_spec`.
         weights: Record of the weights, without the files that are written here. None takes over that of the weights
             the model was loaded with: tag, licence, citation, input contract and training, not where it was published
-            nor what it showed.
+            nor what it showed. The tag of a model with a task gets the task behind it: these are other weights.
 
     Returns:
         The spec that was written, with the digests of the files.
@@ -264,7 +264,7 @@ def save_pretrained(
     fault = misfit(described, model.state_dict())
     if fault:
         raise WeightsError(f"{model.spec.name} was changed since it was built, and could not be loaded back ({fault})")
-    record = _record_to_save(model.spec.weights, weights, with_decoder=decoder is not None)
+    record = _record_to_save(model.spec, weights, with_decoder=decoder is not None)
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -298,9 +298,10 @@ def save_pretrained(
 
 
 def _record_to_save(
-    loaded: WeightsSpec | None, given: WeightsSpec | Mapping[str, Any] | None, *, with_decoder: bool
+    spec: ModelSpec, given: WeightsSpec | Mapping[str, Any] | None, *, with_decoder: bool
 ) -> dict[str, Any] | None:
     """The record of weights as plain data, without the files that are about to be written."""
+    loaded = spec.weights
     if isinstance(given, WeightsSpec):
         record = given.to_data()
     elif given is not None:
@@ -309,13 +310,24 @@ def _record_to_save(
         record = {key: value for key, value in loaded.to_data().items() if key not in OF_PUBLISHED_FILES}
         if loaded.repo is not None:
             record["base_model"] = loaded.repo
+        if spec.task is not None and _is_origin(spec):
+            record["tag"] = f"{loaded.tag}_{spec.task.kind}"
     else:
         record = None
+    if record is not None and spec.task is not None and loaded is not None and loaded.repo is not None:
+        record.setdefault("base_model", loaded.repo)
     if with_decoder and not (record and record.get("decoder_spec")):
         raise WeightsError("a decoder is saved with weights={..., 'decoder_spec': {'kind': ..., 'args': ...}}")
     if record is not None and not with_decoder:
         record = {key: value for key, value in record.items() if key not in ("decoder", "decoder_spec")}
     return record
+
+
+def _is_origin(spec: ModelSpec) -> bool:
+    """Whether a model with a task still has the name of the weights that it started from."""
+    origin = spec.task.origin
+    # Of models that were saved when no origin was, those of the catalog can be told.
+    return registry.is_model(spec.name) if origin is None else origin.name == spec.name
 
 
 # --- names and arguments ----------------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from medmim.heads.segmenter import Segmenter
 from medmim.layers.tokens import Size, to_grid_size
 
 GOLDEN_FILE = "golden.safetensors"
 TOKENS = 8  # tokens kept of each output: enough to see any change, few enough to ship
+VOXELS = 512  # likewise, of scores of classes
 
 
 def golden_input(in_chans: int, img_size: Size) -> Tensor:
@@ -31,17 +33,21 @@ def golden_input(in_chans: int, img_size: Size) -> Tensor:
 
 @torch.inference_mode()
 def golden_outputs(model: nn.Module, decoder: nn.Module | None = None) -> dict[str, Tensor]:
-    """What an encoder in evaluation mode, and its decoder when there is one, give for `golden_input`.
+    """What an encoder in evaluation mode, and its decoder when there is one, or a segmenter give for `golden_input`.
 
     Args:
-        model: The encoder.
-        decoder: Its pretraining decoder.
+        model: The encoder, or the segmenter.
+        decoder: The encoder's pretraining decoder.
 
     Returns:
         Float32 on the CPU: "pooled" (C,), "tokens" (8, C), and with a decoder "hidden_patches" (8, V), predicted with
-        every fourth one visible.
+        every fourth one visible. Of a segmenter "scores" (K, some 512), of voxels from all over the volume.
     """
     x = golden_input(model.in_chans, model.img_size).to(next(model.parameters()))
+    if isinstance(model, Segmenter):
+        scores = model(x)[0].flatten(1)  # (K, D * H * W)
+        # A stride that is odd visits other places of each row.
+        return {"scores": scores[:, :: scores.shape[1] // VOXELS | 1].float().cpu().contiguous()}
     tokens = model.forward_features(x)
     outputs = {"pooled": model.forward_head(tokens, pre_logits=True)[0], "tokens": tokens[0, :TOKENS]}
     if decoder is not None:

@@ -88,7 +88,8 @@ def push(name: str, repo: str, *, card: Path | None, message: str | None, dry_ru
         published = upload.send(message, progress=progress)
     _say(f"{'pull request' if published.pull_request else 'published'}: {published.pull_request or published.url}")
     _say(f'to load it: medmim.create_model("hf-hub:{repo}@{published.commit}", pretrained=True)')
-    _say(f"for the catalog:\n\n{catalog_entry(published.spec)}")
+    if published.spec.task is None:  # the catalog has encoders
+        _say(f"for the catalog:\n\n{catalog_entry(published.spec)}")
 
 
 def _say(line: str) -> None:

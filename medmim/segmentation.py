@@ -17,11 +17,12 @@ from monai.data import MetaTensor
 from monai.data.utils import compute_importance_map
 from torch import Tensor
 
-from medmim.errors import SpecError
+from medmim.errors import ScanError, SpecError
 from medmim.files import atomic_write
 from medmim.heads.segmenter import Segmenter
 from medmim.inference import evaluating
 from medmim.transforms import create_transform
+from medmim.volumes import load_volume
 from medmim.windows import cover, covering_grid, crop_window, to_voxels
 
 if TYPE_CHECKING:
@@ -65,10 +66,36 @@ class Segmentation:
             image.to_filename(temporary)
 
 
-def read_segmentation(path: str | Path, classes: tuple[str, ...]) -> Segmentation:
-    """What `Segmentation.save` wrote."""
-    image = nib.load(path)
-    return Segmentation(np.asarray(image.dataobj), image.affine, classes)
+def read_segmentation(
+    path: str | Path, classes: tuple[str, ...], *, shape: tuple[int, ...] | None = None
+) -> Segmentation:
+    """What `Segmentation.save` wrote.
+
+    Args:
+        path: The file.
+        classes: Names, by label.
+        shape: (D, H, W) of the scan, where it is known.
+
+    Raises:
+        ScanError: For a file that cannot be read, has other labels than there are classes, or has another shape.
+    """
+    cure = "delete it, and segment the scan again"
+    try:
+        volume = load_volume(path)
+    except ScanError as error:
+        raise ScanError(f"{error}, or {cure}") from None
+    labels = volume.array[0]
+    if shape is not None and labels.shape != tuple(shape):
+        raise ScanError(f"{path}: has {_by(labels.shape)} voxels, and the scan {_by(shape)}; {cure}")
+    if labels.min() < 0 or labels.max() >= len(classes) or (labels.dtype.kind == "f" and (labels % 1).any()):
+        raise ScanError(f"{path}: its values are not the labels 0 to {len(classes) - 1} of a mask; {cure}")
+    if labels.dtype.kind != "u":  # other programs save labels as floats too
+        labels = labels.astype(np.int16)
+    return Segmentation(labels, volume.affine, classes)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def segment(

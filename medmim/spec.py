@@ -189,7 +189,8 @@ class WeightsSpec(Record):
     """One set of weights: where it is, how to check it, what it is licensed as, what it needs and what it showed.
 
     Attributes:
-        tag: Names the training data, `[a-z0-9_]+`; the full name is `architecture.tag`.
+        tag: Names the training data, `[a-z0-9_]+`; the full name is `architecture.tag`. That of a fine-tuned model is
+            made of the tag that it started from and its task.
         repo: Hub repository "org/name"; None for weights that were never published.
         revision: The 40-hex commit that the digests belong to; None until published.
         encoder: The safetensors file, or all shards of it in order.
@@ -231,6 +232,13 @@ class WeightsSpec(Record):
 NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 
 
+class Origin(Record):
+    """Weights that a model was fine-tuned from: their full name and their licence (SPDX)."""
+
+    name: str
+    license: str
+
+
 class TaskSpec(Record):
     """What a model was made to do beyond encoding.
 
@@ -239,12 +247,14 @@ class TaskSpec(Record):
         classes: Their names in the order of the outputs; for segmentation the first is the background.
         decoder: What a segmenter has behind its encoder.
         volume: The preprocessing that it was trained with, which may differ from that of the encoder's pretraining.
+        origin: The weights that it started from; None for random ones.
     """
 
     kind: Literal["segmentation", "classification"]
     classes: tuple[str, ...] = Field(min_length=2)
     decoder: PartSpec | None = None
     volume: VolumeSpec | None = None
+    origin: Origin | None = None
 
     @model_validator(mode="after")
     def _consistent(self):

@@ -10,7 +10,7 @@ from torch import nn
 from medmim.errors import SpecError
 from medmim.factory import create_model
 from medmim.heads.segmenter import Segmenter
-from medmim.spec import ModelSpec, PartSpec, TaskSpec, VolumeSpec
+from medmim.spec import ModelSpec, Origin, PartSpec, TaskSpec, VolumeSpec
 
 
 def create_segmenter(
@@ -85,8 +85,15 @@ def name_classes(model: nn.Module, classes: Sequence[str], *, volume: VolumeSpec
 
 
 def _with_task(spec: ModelSpec, *, classes: Sequence[str], volume: VolumeSpec | None, **what: Any) -> ModelSpec:
-    task = {"classes": tuple(classes), "volume": volume or spec.volume, **what}
+    task = {"classes": tuple(classes), "volume": volume or spec.volume, "origin": _origin(spec), **what}
     return spec.model_copy(update={"task": TaskSpec.parse(task, source=f"task of {spec.name}")})
+
+
+def _origin(spec: ModelSpec) -> Origin | None:
+    """The weights that a model for a task starts from; new names of classes change nothing of that."""
+    if spec.task is not None:
+        return spec.task.origin
+    return Origin(name=spec.name, license=spec.weights.license) if spec.weights is not None else None
 
 
 def encoder_of(segmenter: Segmenter) -> nn.Module:

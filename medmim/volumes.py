@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 DICOM_SUFFIX = ".dcm"
+DICOM_PREAMBLE, DICOM_MAGIC = 128, b"DICM"  # bytes before it, and what tells a DICOM file of any name
+LOOKS = 5  # files of other names in a folder that are opened to see whether they are slices
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -116,12 +119,54 @@ def load_volume(path: str | Path) -> Volume:
     return Volume(array[None], affine, path, modality)
 
 
+def quick_shape(path: Path) -> tuple[int, int, int] | None:
+    """Voxels along (D, H, W) as the header of a NIfTI file says; None where that is not quick to know."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    if not path.name.lower().endswith(NIFTI_SUFFIXES):
+        return None
+    try:
+        return _nifti_class(path).from_filename(path).shape[:3]
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError):
+        return None
+
+
 def find_scans(folder: str | Path) -> list[Path]:
-    """Scans at any depth below a folder, sorted: files by their suffix, and folders of DICOM slices (`*.dcm`)."""
-    folder = Path(folder)
-    files = [path for path in folder.rglob("*") if path.name.lower().endswith(SCAN_SUFFIXES) and path.is_file()]
-    series = {path.parent for path in folder.rglob(f"*{DICOM_SUFFIX}")}
-    return sorted([*files, *series])
+    """Scans at any depth below a folder, sorted: files by their suffix, and folders of DICOM slices.
+
+    Slices end in `.dcm`, or are known by what a file starts with. Names that start with a dot are passed over: macOS
+    puts such a file beside each scan on a disk of another system.
+    """
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+        found += [path for path in files if path.name.lower().endswith(SCAN_SUFFIXES) and path.is_file()]
+        if _holds_slices([path for path in files if not path.name.lower().endswith(SCAN_SUFFIXES)]):
+            found.append(Path(parent))
+    return sorted(found)
+
+
+def _holds_slices(files: list[Path]) -> bool:
+    """Whether DICOM slices are among the files of a folder, which have no suffix of another scan."""
+    if any(path.name.lower().endswith(DICOM_SUFFIX) and path.is_file() for path in files):
+        return True
+    # An index, which starts as slices do, may stand in a folder that has none.
+    files = [path for path in files if path.name.upper() != "DICOMDIR"]
+    looks = min(LOOKS, len(files))
+    # From all over the list, so that notes beside the slices do not decide.
+    return any(_starts_as_dicom(files[i * len(files) // looks]) for i in range(looks))
+
+
+def _starts_as_dicom(path: Path) -> bool:
+    try:
+        if not path.is_file():  # to open a pipe would wait for its other end
+            return False
+        with open(path, "rb") as file:
+            return file.read(DICOM_PREAMBLE + len(DICOM_MAGIC))[DICOM_PREAMBLE:] == DICOM_MAGIC
+    except OSError:
+        return False
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

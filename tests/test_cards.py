@@ -7,15 +7,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
 import medmim
-from fakes import RECORD, save_tiny, tiny_model
+from fakes import RECORD, TINY, save_tiny, tiny_model
 from medmim import cli, hub
 from medmim.cards import METHODS, PICTURE_FILE, card_scan, check_cards, render_card, write_cards
 from medmim.errors import SpecError
 from medmim_training.methods import METHODS as TRAINED
+from synthetic import write_scan
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 TRAINING = {
@@ -119,6 +121,115 @@ def test_a_tuned_model_names_what_it_was_tuned_from(tmp_path):
     assert saved.weights.base_model == "org/base"
     again = medmim.save_pretrained(medmim.from_pretrained(tmp_path / "tuned"), tmp_path / "again")
     assert again.weights.base_model == "org/base"
+
+
+# --- models for a task ------------------------------------------------------------------------------------------------
+
+CLASSES = ("background", "left | right")
+
+
+@pytest.fixture
+def pretrained(spec, tmp_path):
+    """A name of weights with a training record, which were published."""
+    published = spec.weights.model_copy(update={"repo": "org/base"})
+    hub.write_config(tmp_path / "model", spec.model_copy(update={"weights": published}))
+    return f"local-dir:{tmp_path / 'model'}"
+
+
+def tuned(kind, name):
+    if kind == "segmentation":
+        return medmim.create_segmenter(name, "light", classes=CLASSES, decoder_args={"width": 2}, pretrained=True)
+    model = medmim.create_model(name, pretrained=True, num_classes=2)
+    medmim.name_classes(model, CLASSES)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "classification"])
+def test_the_card_of_a_fine_tuned_model(kind, pretrained, tmp_path):
+    saved = medmim.save_pretrained(tuned(kind, pretrained), tmp_path / "tuned")
+    assert saved.name == f"vit_t_mae3d.fake_{kind}"
+    assert (saved.task.origin.name, saved.task.origin.license) == ("vit_t_mae3d.fake", "CC-BY-4.0")
+    text = render_card(saved)
+    data = ModelCard(text).data
+    assert data.pipeline_tag == f"image-{kind}"
+    assert (data.base_model, data.base_model_relation, data.datasets) == ("org/base", "finetune", None)
+    assert {kind, "vit", "ct", "mr"} <= set(data.tags)
+    assert not {"mae", "masked-image-modeling", "self-supervised-learning"} & set(data.tags)
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
+        *("Use", "Classes", "Input", "Started from", "Limits", "Out of scope", "Files and licence", "Citation"),
+    ]
+    for part in (
+        "# vit_t_mae3d.fake_",
+        "| 0 | background |\n| 1 | left \\| right |",
+        "started from the weights `vit_t_mae3d.fake`, licence CC-BY-4.0; they were pretrained by masked image mod",
+        saved.weights.encoder[0].sha256,
+    ):
+        assert part in text
+    for part in ("Images only", "hidden", "reconstruct", "meant to be fine-tuned", "create_transform", "10 steps"):
+        assert part not in text
+
+    # Once more, with another name of a class: what it started from stays, and so does the tag.
+    again = medmim.from_pretrained(tmp_path / "tuned")
+    medmim.name_classes(again, ("background", "other"))
+    again = medmim.save_pretrained(again, tmp_path / "again")
+    assert (again.name, again.task.origin) == (saved.name, saved.task.origin)
+
+
+def test_a_record_of_its_own_keeps_what_a_tuned_model_started_from(pretrained, tmp_path):
+    record = {**RECORD, "tag": "ours", "license": "MIT", "evidence": [EVIDENCE], "decoder_spec": None}
+    saved = medmim.save_pretrained(tuned("segmentation", pretrained), tmp_path / "tuned", weights=record)
+    assert (saved.name, saved.weights.base_model) == ("vit_t_mae3d.ours", "org/base")
+    text = render_card(saved)
+    assert "started from the weights `vit_t_mae3d.fake`, licence CC-BY-4.0. The model" in text
+    assert "Weights: MIT. Those that they started from: CC-BY-4.0. Code" in text
+    assert ModelCard(text).data.eval_results[0].task_type == "image-segmentation"
+    assert "beyond the results above" in text
+    again = medmim.save_pretrained(medmim.from_pretrained(tmp_path / "tuned"), tmp_path / "again")
+    assert again.name == saved.name
+
+
+def test_a_tuned_model_that_started_from_random_weights(tmp_path):
+    model = medmim.create_segmenter("vit_t_mae3d", "linear", classes=CLASSES, **TINY["vit"])
+    saved = medmim.save_pretrained(model, tmp_path, weights={**RECORD, "decoder_spec": None})
+    assert saved.task.origin is None
+    text = render_card(saved)
+    assert "tarted from" not in text
+    assert "fine-tuned from" not in text
+
+
+def test_a_tuned_model_that_was_saved_without_its_origin(pretrained, registry, tmp_path):
+    saved = medmim.save_pretrained(tuned("segmentation", pretrained), tmp_path / "tuned")
+    weights = saved.weights.model_copy(update={"tag": "fake"})
+    old = saved.model_copy(update={"weights": weights, "task": saved.task.model_copy(update={"origin": None})})
+    assert "started from the weights `vit_t_mae3d.fake`" in render_card(old)
+    hub.write_config(tmp_path / "tuned", old.model_copy(update={"architecture": "tiny"}))
+    registry.register_model("tiny", family="vit", args=saved.args, weights=[weights])
+    again = medmim.save_pretrained(medmim.from_pretrained(tmp_path / "tuned"), tmp_path / "again")
+    assert again.name == "tiny.fake_segmentation"
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "classification"])
+def test_a_tuned_model_is_pushed_with_a_card_whose_code_runs(kind, pretrained, call, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDMIM_HUB", str(tmp_path / "hub"))
+    medmim.save_pretrained(tuned(kind, pretrained), tmp_path / "tuned")
+    code, out, err = call("push", tmp_path / "tuned", "org/tuned")
+    assert (code, err) == (0, "")
+    assert f"vit_t_mae3d.fake_{kind} to org/tuned" in out
+    assert "catalog" not in out
+    (card,) = (tmp_path / "hub/org/tuned/snapshots").glob("*/README.md")
+    text = card.read_text("utf-8")
+    assert "# org/tuned\n" in text
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (command,) = re.findall(r"^```bash\nmedmim (.*?)\n```$", text, re.MULTILINE)
+    (tmp_path / "scans").mkdir()
+    write_scan(tmp_path / "scan.nii.gz", ct=True)
+    write_scan(tmp_path / "scans" / "scan.nii.gz", ct=True)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "card", "exec"), {})
+    assert call(*command.split())[0] == 0
+    if kind == "segmentation":
+        masks = [medmim.load_volume(tmp_path / name).array for name in ("mask.nii.gz", "masks/scan.nii.gz")]
+        np.testing.assert_array_equal(*masks)
 
 
 def test_sections(spec):

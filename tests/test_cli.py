@@ -93,6 +93,22 @@ def test_list_without_a_match_says_so(call):
     assert err == "medmim: error: no model matches 'resnet*'; `medmim list` shows all\n"
 
 
+@pytest.mark.parametrize("pattern", ["tiny.fake", "tiny.*", "tiny"])
+@pytest.mark.parametrize("pretrained", [[], ["--pretrained"]])
+def test_list_of_a_full_name(call, tiny_weights, registry, pattern, pretrained):
+    registry.register_model("tiny_without", family="vit")
+    other = tiny_weights.weights.model_copy(update={"tag": "other"})
+    registry.register_model("tiny_other", family="vit", weights=[other])
+    code, out, _ = call("list", pattern, *pretrained)
+    assert code == 0
+    assert [line.split() for line in out.splitlines()] == [["model", "weights"], ["tiny", "tiny.fake"]]
+    assert call("list", "tiny.another")[0] == 1
+
+
+def test_version(call):
+    assert call("--version") == (0, f"medmim {medmim.__version__}\n", "")
+
+
 def test_info_of_a_model(call):
     code, out, _ = call("info", "vit_b_mae3d")
     assert code == 0
@@ -189,28 +205,34 @@ def test_reconstruct_of_512_x_512_x_600(model, tmp_path):
 
 
 def test_embed_reports_a_broken_scan_and_goes_on(call, model, tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    first, same_name = scan_file(tmp_path / "a", ct=True), scan_file(tmp_path / "b", shape=(20, 60, 33))
+    folder = tmp_path / "scans"
+    (folder / "b").mkdir(parents=True)
+    first, same_name = scan_file(folder, ct=True), scan_file(folder / "b", shape=(20, 60, 33))
     empty, last = tmp_path / "empty.nii.gz", scan_file(tmp_path, "last.nii.gz")
     empty.touch()
     output = tmp_path / "features.safetensors"
-    code, out, err = call("embed", first, empty, same_name, last, "-o", output, "-m", model)
+    code, out, err = call("embed", folder, empty, last, "-o", output, "-m", model)
     assert code == 1
     assert err == f"medmim: error: {empty}: the file is empty; copy or export it again\n"
     assert out == f"{output}: 3 of 4 scans\n"
     with safe_open(output, "np") as file:
         embedded = {key.rpartition("/")[0] for key in file.keys()}  # noqa: SIM118 (it is no dict)
-        assert embedded == {str(first), str(same_name), "last.nii.gz"}
-        assert file.get_tensor("last.nii.gz/pooled").shape == (24,)
-        assert file.get_tensor(f"{same_name}/features").shape == (24, 4, 6, 8)
-        assert np.isfinite(file.get_tensor(f"{first}/features")).all()
+        assert embedded == {"scan", "b/scan", "last"}
+        assert file.metadata()["b/scan/scan"] == str(same_name)
+        assert file.get_tensor("last/pooled").shape == (24,)
+        assert file.get_tensor("b/scan/features").shape == (24, 4, 6, 8)
+        assert np.isfinite(file.get_tensor("scan/features")).all()
+    code, out, err = call("embed", first, same_name, "-o", output, "-m", model)
+    assert (code, out) == (1, "")
+    assert err == f"medmim: error: {first} and {same_name}: both would be called scan; take them in separate runs\n"
+    assert f"{first}: given twice; leave one out" in call("embed", first, first, "-o", output, "-m", model)[2]
 
 
 def test_embed_of_broken_scans_alone_writes_nothing(call, model, tmp_path):
     (tmp_path / "empty.nii.gz").touch()
-    code, out, _ = call("embed", tmp_path / "empty.nii.gz", "-o", tmp_path / "features.safetensors", "-m", model)
-    assert (code, out) == (1, "")
+    output = tmp_path / "features.safetensors"
+    code, out, _ = call("embed", tmp_path / "empty.nii.gz", "-o", output, "-m", model)
+    assert (code, out) == (1, f"{output}: 0 of 1 scans\n")
     assert names(tmp_path) == ["empty.nii.gz"]
 
 
@@ -296,7 +318,14 @@ def test_verify_has_a_line_for_each_and_an_exit_code(call, model, hub_folder, tm
     assert code == 1
     assert sum(line.endswith(": ok") for line in out.splitlines()) == len(files) - 1
     assert f"hf-hub:org/name@{version.name}: README.md: its sha256 is" in out
-    assert err.splitlines()[-1].startswith(f"medmim: error: 2 of {len(files) + 1} are not as published")
+    assert err.splitlines()[-1].startswith(f"medmim: error: 1 of {len(files)} are not as published")
+
+
+def test_verify_of_an_unknown_model_says_nothing_of_damage(call):
+    code, out, err = call("verify", "nope")
+    assert (code, out) == (1, "")
+    assert err.startswith("medmim: error: there is no model 'nope'")
+    assert len(err.splitlines()) == 1
 
 
 def test_verify_of_the_weights_that_ship(call, hub_folder):
@@ -309,9 +338,30 @@ def test_verify_of_the_weights_that_ship(call, hub_folder):
 
 def test_a_hub_is_used_wherever_a_model_is(call, model, hub_folder, tmp_path, card):
     call("push", model, "org/name", "--hub", hub_folder, "--card", card)
-    os.environ["MEDMIM_HUB"] = ""
-    arguments = [scan_file(tmp_path), "-o", tmp_path / "features.safetensors", "-m", "hf-hub:org/name"]
-    assert call("embed", *arguments, "--hub", hub_folder)[0] == 0
+    name, scan = "hf-hub:org/name", scan_file(tmp_path)
+    for arguments, message in (
+        (["embed", scan, "-o", tmp_path / "features.safetensors", "-m", name], ""),
+        (["reconstruct", scan, "-o", tmp_path / "picture.png", "-m", name], ""),
+        (["export", name, "--to", "monai-bundle", "-o", tmp_path / "bundle"], ""),
+        # Found, and of another kind.
+        (["segment", scan, "-o", tmp_path / "masks", "-m", name], "does not segment"),
+        (["classify", scan, "-o", tmp_path / "classes.csv", "-m", name], "does not classify"),
+    ):
+        os.environ["MEDMIM_HUB"] = ""
+        code, _, err = call(*arguments, "--hub", hub_folder)
+        assert code == bool(message)
+        assert message in err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("command", ["embed", "reconstruct"])
+def test_a_gpu_is_used_where_there_is_one(call, model, tmp_path, command):
+    torch.cuda.reset_peak_memory_stats()
+    output = tmp_path / {"reconstruct": "picture.png", "embed": "features.safetensors"}[command]
+    assert call(command, scan_file(tmp_path), "-o", output, "-m", model)[0] == 0
+    assert output.is_file()
+    assert torch.cuda.max_memory_allocated() > 0
 
 
 # --- how it ends ------------------------------------------------------------------------------------------------------
@@ -326,7 +376,6 @@ def test_a_hub_is_used_wherever_a_model_is(call, model, hub_folder, tmp_path, ca
         (["reconstruct", "scan.nii.gz", "-o", "picture.png", "--modality", "XR"], "--modality"),
         (["embed", "-o", "features.safetensors"], "SCANS"),
         (["embed", "scan.nii.gz", "-o", "features.npz"], "must end in .safetensors"),
-        (["embed", "scan.nii.gz", "scan.nii.gz", "-o", "features.safetensors"], "given twice"),
         (["export", "vit_t_mae3d", "--to", "onnx", "-o", "model.pt2"], "must end in .onnx"),
         (["export", "vit_t_mae3d", "--to", "torchscript", "-o", "model.pt"], "--to"),
         (["segment"], "segment"),

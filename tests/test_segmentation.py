@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ import medmim
 from fakes import TINY, tiny_model
 from medmim import segmentation
 from medmim.classification import classify
-from medmim.errors import SpecError
+from medmim.errors import ScanError, SpecError
 from medmim.heads.segmenter import Segmenter
 from medmim.segmentation import predict_labels, read_segmentation, segment
 from medmim.spec import VolumeSpec
@@ -277,8 +278,70 @@ def test_segment_a_folder_then_again(call, segmenter, scans):
     (output / "volumes.csv").unlink()  # what is missing comes from the masks
     (output / "inner" / "a.nii.gz").unlink()
     code, out, _ = call("segment", scans, "-m", segmenter, "-o", output)
-    assert (code, out) == (0, f"{output}: 1 of 1 scans, 1 were there already\n")
+    assert (code, out) == (0, f"{output}: 2 of 2 scans\n")
     assert (output / "volumes.csv").read_text() == before[1]
+
+
+def test_a_scan_is_never_taken_for_a_mask(call, segmenter, scans, tmp_path, monkeypatch):
+    (scans / "broken.nrrd").unlink()
+    monkeypatch.chdir(scans)
+    link = tmp_path / "link"
+    link.symlink_to(scans)
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, message in (
+        ((scans / "a.nii.gz", "-o", scans), f"{scans / 'a.nii.gz'}: is a scan"),
+        ((scans / "a.nii.gz", "-o", link), f"{link / 'a.nii.gz'}: is a scan"),
+        (("a.nii.gz", "-o", "."), "a.nii.gz: is a scan, and a mask would go there; choose another output than ."),
+        ((scans, "-o", scans), f"{scans}: is or holds the folder of scans {scans}; choose an output of its own"),
+        ((scans / "inner", "-o", "."), ".: is or holds the folder of scans"),
+        ((link, "-o", tmp_path), f"{tmp_path}: is or holds the folder of scans {link}"),
+    ):
+        code, out, err = call("segment", *arguments, "-m", segmenter)
+        assert (code, out, len(err.splitlines())) == (1, "", 1)
+        assert err.startswith(f"medmim: error: {message}")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_mask_that_is_none_is_reported_and_the_others_go_on(call, segmenter, scans):
+    (scans / "broken.nrrd").unlink()
+    masks = scans / "masks"
+    masks.mkdir()
+    shutil.copy(scans / "a.nii.gz", masks)
+    code, out, err = call("segment", scans, "-m", segmenter, "-o", masks)
+    assert (code, out) == (1, f"{masks}: 1 of 2 scans\n")
+    cure = "delete it, and segment the scan again"
+    assert err == f"medmim: error: {masks / 'a.nii.gz'}: its values are not the labels 0 to 2 of a mask; {cure}\n"
+    assert [row[0] for row in rows(masks / "volumes.csv")] == ["scan", "inner/a"]
+
+    save_labels(masks / "a.nii.gz", np.zeros((5, 6, 7), np.uint8))
+    _, _, err = call("segment", scans, "-m", segmenter, "-o", masks)
+    assert f"{masks / 'a.nii.gz'}: has 5 x 6 x 7 voxels, and the scan 40 x 44 x 48; {cure}" in err
+    (masks / "a.nii.gz").write_bytes(b"no NIfTI")
+    code, _, err = call("segment", scans, "-m", segmenter, "-o", masks)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert err.endswith(f", or {cure}\n")
+
+    (masks / "volumes.csv").write_bytes(b"\xff\xfe\x00")
+    code, out, err = call("segment", scans, "-m", segmenter, "-o", masks)
+    assert (code, out) == (1, "")
+    assert f"{masks / 'volumes.csv'}: not readable as CSV in UTF-8; choose another output" in err
+
+
+def save_labels(path, labels) -> None:
+    nib.Nifti1Image(labels, np.eye(4)).to_filename(path)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_masks_of_other_programs_are_read_by_their_values(tmp_path, dtype):
+    labels = np.zeros((4, 5, 6), dtype)
+    labels[1, 2] = 2
+    save_labels(tmp_path / "mask.nii.gz", labels)
+    assert read_segmentation(tmp_path / "mask.nii.gz", CLASSES).millilitres == pytest.approx({"rim": 0, "core": 0.006})
+    with pytest.raises(ScanError, match="not the labels 0 to 1"):
+        read_segmentation(tmp_path / "mask.nii.gz", CLASSES[:2])
+    save_labels(tmp_path / "mask.nii.gz", labels - 0.5)
+    with pytest.raises(ScanError, match="not the labels"):
+        read_segmentation(tmp_path / "mask.nii.gz", CLASSES)
 
 
 def test_classify_files_then_again(call, classifier, scans, tmp_path):

@@ -12,10 +12,12 @@ from timm.optim import param_groups_layer_decay
 import medmim
 from fakes import RECORD, TINY, save_tiny, tiny_model
 from medmim.errors import SpecError, UnknownModelError, WeightsError
-from medmim.heads.segmenter import DECODERS
+from medmim.golden import difference, golden_outputs
+from medmim.heads.segmenter import DECODERS, Segmenter
 from medmim.heads.unetr import UNETRDecoder
 from medmim.layers.upsampling import upsampling_strides
 from medmim.spec import ModelSpec, VolumeSpec
+from medmim.verify import GOLDEN, verify
 
 FITTING = {
     "vit": ("unetr", "light", "linear"),
@@ -52,6 +54,33 @@ def test_scores_of_each_voxel_with_gradients_down_to_the_first_layer(name, decod
     assert first.grad.any()
     # The map of a token encoder's output is not what every decoder takes alone, but all of it is used.
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "decoder"), ONE_OF_EACH)
+def test_saved_and_loaded_by_its_own_methods(name, decoder, tmp_path):
+    model = tiny_segmenter(name, decoder).eval()
+    assert model.save_pretrained(tmp_path) == medmim.from_pretrained(tmp_path).spec
+    loaded = Segmenter.from_pretrained(tmp_path)
+    x = volumes(model)
+    assert torch.equal(loaded(x), model(x))
+    with pytest.raises(WeightsError, match="holds a Segmenter, not a "):
+        type(model.encoder).from_pretrained(tmp_path)
+
+
+def test_published_by_its_own_method_and_verified(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDMIM_HUB", str(tmp_path))
+    model = tiny_segmenter("vit_t_mae3d", "light")
+    record = {key: value for key, value in RECORD.items() if key != "decoder_spec"}
+    published = model.push_to_hub("org/name", weights=record, card="# A card")
+    name = f"hf-hub:org/name@{published.commit}"
+    checks = {check.item: check.fault for check in verify(name)}
+    assert GOLDEN in checks
+    assert set(checks.values()) == {None}
+    loaded = medmim.create_model(name, pretrained=True)
+    golden = golden_outputs(loaded)
+    assert golden["scores"].shape[0] == len(CLASSES)
+    torch.nn.init.normal_(next(loaded.decoder.parameters()))
+    assert difference(golden_outputs(loaded), golden) is not None
 
 
 @pytest.mark.parametrize(("name", "decoder"), ONE_OF_EACH)

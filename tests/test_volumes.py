@@ -1,7 +1,9 @@
 """Every format gives the same scan in the same place, and every broken file one sentence."""
 
 import gzip
+import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from medmim import volumes
 from medmim.errors import ScanError
-from medmim.volumes import Volume, load_volume
+from medmim.volumes import Volume, find_scans, load_volume
 from scans import SHAPE, SPACING, itk_image, rotated_affine, save_nifti, voxels, write_dicom
 
 # --- the same scan from every format ----------------------------------------------------------------------------------
@@ -52,6 +55,42 @@ def test_single_frame_of_a_series_is_a_scan(tmp_path, shape):
 def test_big_endian_is_read(tmp_path):
     nib.Nifti1Image(voxels(), np.eye(4), nib.Nifti1Header(endianness=">")).to_filename(tmp_path / "scan.nii")
     np.testing.assert_array_equal(load_volume(tmp_path / "scan.nii").array[0], voxels())
+
+
+# --- scans in a folder -----------------------------------------------------------------------------------------------
+
+
+def test_scans_are_found_at_any_depth_by_suffix_and_slices_by_what_they_are(tmp_path):
+    affine = rotated_affine()
+    renames = {"lower": "{}.dcm", "upper": "{}.DCM", "none": "IM{}", "uid": "1.2.840.{}", "ima": "{}.IMA"}
+    for name, form in renames.items():
+        folder = write_dicom(tmp_path / name, voxels(), affine)
+        for i, path in enumerate(sorted(folder.iterdir())):
+            path.rename(folder / form.format(i))
+    for name in ("LICENSE", "README.txt", "a.csv", "index.html", "notes"):
+        (tmp_path / "none" / name).write_text("of the scan")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("A.NII.GZ", "b.nrrd", "._b.nrrd", "._c.dcm", "._IM1"):
+        (tmp_path / "deep" / "er" / name).touch()
+    (tmp_path / "deep" / "notes").write_text("no scan")
+    os.mkfifo(tmp_path / "deep" / "pipe")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "c.nii").touch()
+    shutil.copy(tmp_path / "none" / "IM0", tmp_path / "DICOMDIR")
+    files = [tmp_path / "deep" / "er" / name for name in ("A.NII.GZ", "b.nrrd")]
+    assert find_scans(tmp_path) == sorted([*files, *(tmp_path / name for name in renames)])
+    for name in renames:
+        assert find_scans(tmp_path / name) == [tmp_path / name]
+        np.testing.assert_array_equal(load_volume(tmp_path / name).array[0], voxels())
+
+
+def test_few_files_are_opened_to_look_for_slices(tmp_path, monkeypatch):
+    for i in range(50):
+        (tmp_path / f"{i}.txt").touch()
+    opened = []
+    monkeypatch.setattr(volumes, "_starts_as_dicom", opened.append)
+    assert find_scans(tmp_path) == []
+    assert len(set(opened)) == volumes.LOOKS
 
 
 # --- one sentence for every broken scan -------------------------------------------------------------------------------

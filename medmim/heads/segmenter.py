@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medmim.errors import SpecError
+from medmim.layers.sharing import Shareable
 from medmim.layers.tokens import Size
 from medmim.spec import ModelSpec, PartSpec
 
@@ -25,7 +26,7 @@ DECODERS = {
 }
 
 
-class Segmenter(nn.Module):
+class Segmenter(Shareable, nn.Module):
     """Volumes (B, in_chans, D, H, W) to class scores (B, num_classes, D, H, W).
 
     Args:
