@@ -204,7 +204,14 @@ def _slices(file: Path, header: Dataset, path: Path) -> Iterator[_Slice]:
     Raises:
         ScanError: When it does not say where they lie.
     """
+    problem = ScanError(
+        f"{path}: {file.name} does not say where its slices lie; give one 3-D series (not a photograph, report or "
+        "projection)"
+    )
     per_frame, shared = (header.get(keyword) or [] for keyword in GROUPS)
+    # The number of frames is believed where there is a group for each, and no more is made of it than the file has.
+    if len(per_frame) != _count(header) and (per_frame or _count(header) > 1):
+        raise problem
     for frame in range(_count(header)):
         places = [header] if not per_frame else [per_frame[frame], *shared, header]
         try:
@@ -213,14 +220,10 @@ def _slices(file: Path, header: Dataset, path: Path) -> Iterator[_Slice]:
                 for keyword, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2))
             )
             scale = [float(_find(keyword, places, default)) for keyword, default in SCALE.items()]
-            finite = all(np.isfinite(numbers).all() for numbers in (position, orientation, spacing, scale))
         except (TypeError, ValueError):
-            finite = False
-        if not finite:
-            raise ScanError(
-                f"{path}: {file.name} does not say where its slices lie; give one 3-D series (not a photograph, report "
-                "or projection)"
-            )
+            raise problem from None
+        if not all(np.isfinite(numbers).all() for numbers in (position, orientation, spacing, scale)):
+            raise problem
         yield _Slice(file, frame, position, orientation, spacing, *scale)
 
 

@@ -179,6 +179,15 @@ def a_photograph(folder):
     return folder / "examples_palette.dcm"
 
 
+def more_frames_than_places(folder):
+    image = sitk.Cast(itk_image(voxels(), rotated_affine()), sitk.sitkUInt16)
+    sitk.WriteImage(image, str(folder / "frames.dcm"))
+    data = pydicom.dcmread(folder / "frames.dcm")
+    data.NumberOfFrames, data.Rows, data.Columns = 1_000_000, 1, 1
+    data.save_as(folder / "frames.dcm")
+    return folder / "frames.dcm"
+
+
 def cut_short(folder):
     series = stack(folder / "series", EXAMPLES / "MR_small.dcm")
     (series / "1.dcm").write_bytes((series / "1.dcm").read_bytes()[:-1000])
@@ -222,6 +231,7 @@ REFUSED = {
     of_two_sizes: "different sizes",
     colour: "3 values a voxel",
     a_photograph: "does not say where its slices lie",
+    more_frames_than_places: "does not say where its slices lie",
     cut_short: "cannot be read as DICOM",
     a_damaged_frame: r"cannot be read as DICOM \(Failed",
     an_empty_slice: r"2\.dcm: cannot be read as DICOM",
