@@ -148,7 +148,7 @@ def test_stochastic_depth_acts_in_training_alone(x):
         ({"num_heads": (2, 5)}, "heads"),
         ({"img_size": (32, 50, 16)}, "not a multiple"),
         ({"global_pool": "token"}, "global_pool"),
-        ({"merged": "twice"}, "'distinct', 'repeated'"),
+        ({"merged": "twice"}, "'distinct' or 'repeated'"),
     ],
 )
 def test_constructor_refuses_what_cannot_be(args, words):
