@@ -19,7 +19,7 @@ import numpy as np
 from medmim.codecs import decode
 from medmim.errors import ScanError
 from medmim.limits import DEFLATION
-from medmim.volumes import DICOM_SUFFIX, LPS_TO_RAS, check_claim, one_line
+from medmim.volumes import DICOM_MAGIC, DICOM_PREAMBLE, DICOM_SUFFIX, LPS_TO_RAS, check_claim, one_line
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -73,11 +73,11 @@ def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
     with _errors(path):
         files = _only_series(path) if path.is_dir() else _series_of(path)
         _check_pixels(files, path)
-        slices = [piece for file, header in files.items() for piece in _slices(file, header, path)]
-        slices, affine = _in_order(slices, path)
+        of_file = {file: list(_slices(file, header, path)) for file, header in files.items()}
+        slices, affine = _in_order([piece for pieces in of_file.values() for piece in pieces], path)
         images: dict[_Slice, np.ndarray] = {}
         for file, frames in _frames(files):
-            images |= {piece: _scaled(frames[piece.frame], piece) for piece in slices if piece.file == file}
+            images |= {piece: _scaled(frames[piece.frame], piece) for piece in of_file[file]}
         array = np.stack([images[piece] for piece in slices])
         modality = next(iter(files.values())).get("Modality")
     # (slices, rows, columns) -> (columns, rows, slices)
@@ -106,10 +106,6 @@ def _header(path: Path) -> Dataset:
     Raises:
         ScanError: When it is no DICOM file.
     """
-    return _read(path, (*SERIES, *PIXELS, *GROUP_OF, *GROUPS), stop_before_pixels=True)
-
-
-def _read(path: Path, keywords: tuple[str, ...], **kwargs) -> Dataset:
     import pydicom
     from pydicom.filereader import read_file_meta_info
 
@@ -118,7 +114,7 @@ def _read(path: Path, keywords: tuple[str, ...], **kwargs) -> Dataset:
             raise ScanError(
                 f"{path}: deflated DICOM is not read, as it may be of any size once unpacked; save it plain"
             )
-        return pydicom.dcmread(path, specific_tags=list(keywords), **kwargs)
+        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*SERIES, *PIXELS, *GROUP_OF, *GROUPS])
 
 
 def _only_series(folder: Path) -> dict[Path, Dataset]:
@@ -158,8 +154,8 @@ def _series(folder: Path) -> dict[str, dict[Path, Dataset]]:
 def _is_dicom(path: Path) -> bool:
     """Whether a file says that it is DICOM, or is nothing that it could be taken for."""
     with open(path, "rb") as file:
-        start = file.read(132)
-    return path.name.lower().endswith(DICOM_SUFFIX) or start[128:] == b"DICM" or not start
+        start = file.read(DICOM_PREAMBLE + len(DICOM_MAGIC))
+    return path.name.lower().endswith(DICOM_SUFFIX) or start[DICOM_PREAMBLE:] == DICOM_MAGIC or not start
 
 
 def _series_of(path: Path) -> dict[Path, Dataset]:
@@ -277,10 +273,13 @@ def _check_gaps(slices: list[_Slice], normal: np.ndarray, path: Path) -> None:
 
 def _frames(files: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray]]:
     """Each file with its values as stored: (frames, rows, columns); compressed ones last."""
+    import pydicom
+
     with tempfile.TemporaryDirectory(prefix="medmim-dicom-") as folder:
         packed: dict[Path, Path] = {}
         for file in files:
-            data = _read(file, (*PIXELS, *VALUES))
+            with _errors(file):
+                data = pydicom.dcmread(file, specific_tags=[*PIXELS, *VALUES])
             if data.file_meta.TransferSyntaxUID.is_encapsulated:
                 packed[file] = Path(folder) / f"{len(packed)}.dcm"
                 _write_pixels(data, packed[file])

@@ -22,7 +22,7 @@ from medmim.files import atomic_write
 from medmim.heads.segmenter import Segmenter
 from medmim.inference import evaluating
 from medmim.transforms import create_transform
-from medmim.volumes import load_volume
+from medmim.volumes import load_volume, times
 from medmim.windows import cover, covering_grid, crop_window, to_voxels
 
 if TYPE_CHECKING:
@@ -86,16 +86,12 @@ def read_segmentation(
         raise ScanError(f"{error}, or {cure}") from None
     labels = volume.array[0]
     if shape is not None and labels.shape != tuple(shape):
-        raise ScanError(f"{path}: has {_by(labels.shape)} voxels, and the scan {_by(shape)}; {cure}")
+        raise ScanError(f"{path}: has {times(labels.shape)} voxels, and the scan {times(shape)}; {cure}")
     if labels.min() < 0 or labels.max() >= len(classes) or (labels.dtype.kind == "f" and (labels % 1).any()):
         raise ScanError(f"{path}: its values are not the labels 0 to {len(classes) - 1} of a mask; {cure}")
     if labels.dtype.kind != "u":  # other programs save labels as floats too
         labels = labels.astype(np.int16)
     return Segmentation(labels, volume.affine, classes)
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def segment(

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,10 +175,10 @@ def _starts_as_dicom(path: Path) -> bool:
 def _check_frames(shape: tuple[int, ...], path: Path) -> None:
     """Refuses what is more than one 3-D scan, before its voxels are read."""
     if len(shape) > 4 and max(shape[4:]) > 1:
-        raise ScanError(f"{path}: holds vectors (shape {_times(shape)}), not one value a voxel; save one component")
+        raise ScanError(f"{path}: holds vectors (shape {times(shape)}), not one value a voxel; save one component")
     if len(shape) > 3 and shape[3] > 1:
         raise ScanError(
-            f"{path}: a series of {shape[3]} frames (shape {_times(shape)}); split it and give one 3-D frame at a time"
+            f"{path}: a series of {shape[3]} frames (shape {times(shape)}); split it and give one 3-D frame at a time"
         )
 
 
@@ -192,7 +192,7 @@ def check_claim(shape: tuple[int, ...], room: int, path: Path, format_name: str)
         format_name: Likewise.
     """
     if min(shape) < 0:
-        raise ScanError(f"{path}: its header claims sides of {_times(shape)} voxels; copy or export it again")
+        raise ScanError(f"{path}: its header claims sides of {times(shape)} voxels; copy or export it again")
     voxels = math.prod(map(int, shape))
     if voxels > VOXELS:
         raise ScanError(f"{path}: its header claims {voxels} voxels, and at most {VOXELS} are read; cut the scan")
@@ -206,10 +206,10 @@ def check_claim(shape: tuple[int, ...], room: int, path: Path, format_name: str)
 def _check_array(array: np.ndarray, name: str) -> None:
     if array.ndim != 4:
         raise ScanError(
-            f"{name}: has {array.ndim - 1} axes beside the channels (shape {_times(array.shape)}); give a 3-D scan"
+            f"{name}: has {array.ndim - 1} axes beside the channels (shape {times(array.shape)}); give a 3-D scan"
         )
     if min(array.shape[1:]) < 2:
-        raise ScanError(f"{name}: a single slice (shape {_times(array.shape[1:])}); give a scan with 2 slices or more")
+        raise ScanError(f"{name}: a single slice (shape {times(array.shape[1:])}); give a scan with 2 slices or more")
     if array.dtype.kind == "c":
         raise ScanError(f"{name}: holds complex numbers ({array.dtype}); save the magnitude as a new file")
     if array.dtype.kind not in "iufb":
@@ -230,12 +230,13 @@ def _check_affine(affine: np.ndarray, name: str) -> None:
     with np.errstate(all="ignore"):
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or not ((spacing >= SPACING[0]) & (spacing <= SPACING[1])).all():
-        raise ScanError(f"{name}: voxel spacing {_times(spacing)} mm is not usable; correct the header")
+        raise ScanError(f"{name}: voxel spacing {times(spacing)} mm is not usable; correct the header")
     if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         raise ScanError(f"{name}: the affine is singular (two axes point the same way); correct the header")
 
 
-def _times(numbers) -> str:
+def times(numbers: Iterable[float]) -> str:
+    """Sizes in words: "2 x 3 x 4"."""
     return " x ".join(f"{number:g}" for number in numbers)
 
 
@@ -310,7 +311,7 @@ def _check_nifti_spacing(image, path: Path) -> None:
         stored = type(image.header).from_fileobj(file, check=False)
     spacing = stored["pixdim"][1:4]
     if not np.isfinite(spacing).all() or not (spacing != 0).all():
-        raise ScanError(f"{path}: voxel spacing {_times(spacing)} mm is not usable; correct the header")
+        raise ScanError(f"{path}: voxel spacing {times(spacing)} mm is not usable; correct the header")
 
 
 # --- NRRD and MetaImage -----------------------------------------------------------------------------------------------

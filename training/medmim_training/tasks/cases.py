@@ -132,7 +132,7 @@ def with_splits(
         return _draw_folds(cases)
     source = str(splits or source)
     sides = {case.name: _side(case, rows, source) for case in cases}
-    has_folds = any(row["fold"] for row in rows.values() if "fold" in row)
+    has_folds = any(row.get("fold") for row in rows.values())
     cases = [_described(case, rows[case.name], sides[case.name], has_folds, source) for case in cases]
     if has_folds:
         return cases
