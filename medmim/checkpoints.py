@@ -6,6 +6,7 @@ Pickles are never read: a file that is not safetensors is refused before anythin
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,18 @@ SHARD_BYTES = 95_000_000  # git hosts refuse files of 100 MB
 BLOCK_BYTES = 2**24  # read at once; what a change of dtype needs beside the tensors
 HUGE_PAGE = 2**21
 LISTED = 6  # tensors named in an error, of each kind
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # of safetensors' headers, without those that no encoder has
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -82,30 +95,45 @@ def _lay_out(path: Path) -> Iterator[tuple[_Block, dict[str, Tensor]]]:
 
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")  # the length of the header, then the header
-    with safe_open(path, framework="pt") as layout:
+    with safe_open(path, framework="np") as header:
         # As they lie, without gaps, or the library would have refused the file.
-        mapped = {key: layout.get_tensor(key) for key in layout.offset_keys()}
-    while mapped:
+        stored = {key: _Stored.of(header.get_slice(key), key, path) for key in header.offset_keys()}
+    while stored:
         places, size = {}, 0
-        for key, tensor in mapped.items():
+        for key, tensor in stored.items():
             # Each at a multiple of its numbers' size, as processors want it.
-            if places and (size + tensor.nbytes > BLOCK_BYTES or size % tensor.itemsize):
+            if places and (size + tensor.nbytes > BLOCK_BYTES or size % tensor.dtype.itemsize):
                 break
             places[key] = size
             size += tensor.nbytes
         memory = _memory(size)
-        yield (
-            _Block(path, start, memory),
-            {key: _view(memory, offset, mapped.pop(key)) for key, offset in places.items()},
-        )
+        yield _Block(path, start, memory), {key: stored.pop(key).view(memory, at) for key, at in places.items()}
         start += size
 
 
-def _view(memory: memoryview, offset: int, like: Tensor) -> Tensor:
-    """A tensor like another one that lies in a piece of memory."""
-    if not like.numel():
-        return torch.empty_like(like)
-    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=offset).view(like.shape)
+class _Stored(NamedTuple):
+    """A tensor as the header of a file describes it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, described: Any, key: str, path: Path) -> _Stored:
+        dtype = described.get_dtype()
+        if dtype not in DTYPES:
+            raise WeightsError(f"{path}: {key} has numbers of the type {dtype}; save it as one of {', '.join(DTYPES)}")
+        return cls(tuple(described.get_shape()), DTYPES[dtype])
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def view(self, memory: memoryview, offset: int) -> Tensor:
+        """The tensor, in a piece of memory."""
+        count = math.prod(self.shape)
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(memory, dtype=self.dtype, count=count, offset=offset).view(self.shape)
 
 
 def _memory(size: int) -> memoryview:

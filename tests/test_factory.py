@@ -425,6 +425,21 @@ def test_tensors_of_every_kind_are_read_as_the_library_reads_them(huge_page, blo
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("dtype", checkpoints.DTYPES.values(), ids=str)
+def test_every_type_of_numbers_is_read(dtype, tmp_path):
+    stored = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    save_file({"x": stored}, tmp_path / "x.safetensors")
+    read = checkpoints.read_tensors([tmp_path / "x.safetensors"])["x"]
+    assert read.dtype == dtype
+    assert torch.equal(read, stored)
+
+
+def test_numbers_of_a_type_that_no_encoder_has_are_refused(tmp_path):
+    save_file({"x": torch.zeros(2).to(torch.float8_e5m2)}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=r"x\.safetensors: x has numbers of the type F8_E5M2; save it as one of F64"):
+        checkpoints.read_tensors([tmp_path / "x.safetensors"])
+
+
 @pytest.mark.parametrize("name", ["vit_t_mae3d", "swin_t_simmim3d", "resenc_b_mae3d"])
 def test_the_first_load_does_not_import_the_compiler(name, tmp_path):
     """Filling or computing on the meta device imports torch._dynamo and sympy: seconds, in every new process."""
