@@ -278,10 +278,26 @@ def plan_upload(
 
 
 def catalog_entry(spec: ModelSpec) -> str:
-    """The TOML of a published model to paste into the family's file in `medmim/catalog`."""
+    """The record of a model's weights as TOML: the file `catalog_file(spec)` of a checkout.
+
+    Runs that one model went through mostly share their data, which the TOML lists once (see `TrainingRecord`).
+    """
     import tomli_w
 
-    return tomli_w.dumps({"models": {spec.architecture: {"weights": [spec.weights.to_data()]}}})
+    entry = spec.weights.to_data()
+    run = entry.get("training", {})
+    data = run.get("data")
+    while run := run.get("before"):
+        if run["data"] == data:
+            del run["data"]
+        else:
+            data = run["data"]
+    return tomli_w.dumps(entry)
+
+
+def catalog_file(spec: ModelSpec) -> str:
+    """Where the catalog has the record of a model's weights, in a checkout."""
+    return f"medmim/catalog/weights/{spec.name}.toml"
 
 
 def _require_record(spec: ModelSpec, name: str) -> None:

@@ -270,7 +270,9 @@ def test_push_says_what_goes_where_before_and_the_commit_after(call, model, hub_
     (version,) = (hub_folder / "org/name/snapshots").iterdir()
     assert f"published: {version}" in out
     assert f'create_model("hf-hub:org/name@{version.name}", pretrained=True)' in out
-    (entry,) = tomllib.loads(out.partition("for the catalog:")[2])["models"]["vit_t_mae3d"]["weights"]
+    place, _, text = out.partition("for the catalog: ")[2].partition(":\n\n")
+    assert place == '"random" among the weights of vit_t_mae3d, and medmim/catalog/weights/vit_t_mae3d.random.toml'
+    entry = tomllib.loads(text)
     assert (entry["repo"], entry["revision"]) == ("org/name", version.name)
 
     _, out, _ = call("push", f"hf-hub:org/name@{version.name}", "org/name", "--hub", hub_folder, "--dry-run")

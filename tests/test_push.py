@@ -10,14 +10,14 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
 import medmim
-from fakes import RECORD, save_tiny, tiny_decoder, tiny_model
+from fakes import RECORD, TRAINING, save_tiny, tiny_decoder, tiny_model
 from hubdouble import HubDouble
 from medmim import hub
 from medmim.errors import SpecError, WeightsError
 from medmim.golden import difference, golden_outputs
 from medmim.localhub import LocalHub
 from medmim.publish import catalog_entry, plan_upload, push_to_hub
-from medmim.spec import WeightsSpec
+from medmim.spec import ModelSpec, WeightsSpec
 
 REPO = "org/tiny.fake"
 CARD = "---\nlicense: cc-by-4.0\n---\n# A card\n"
@@ -79,13 +79,27 @@ def test_one_commit_that_a_stranger_loads(double, to_double, transport, model, t
 
 def test_the_entry_for_the_catalog_is_the_record_with_its_commit(double, to_double, model, registry):
     published = push(model, **to_double)
-    (entry,) = tomllib.loads(catalog_entry(published.spec))["models"]["vit_t_mae3d"]["weights"]
-    record = WeightsSpec.parse(entry, source="entry")
+    record = WeightsSpec.parse(tomllib.loads(catalog_entry(published.spec)), source="entry")
     assert (record.repo, record.revision) == (REPO, published.commit)
     assert [file.sha256 for file in record.encoder] == [double.repos[REPO].files["model.safetensors"].sha256]
     registry.register_model("tiny", family="vit", args=published.spec.args, weights=[record])
     loaded = medmim.create_model("tiny", pretrained=True, endpoint=double.endpoint)
     assert torch.equal(loaded.norm.bias, model.norm.bias)
+
+
+def test_the_entry_for_the_catalog_lists_data_once_for_runs_that_share_it():
+    other = [{**TRAINING["data"][0], "volumes": 9}]
+    run = {**TRAINING, "before": {**TRAINING, "data": other, "before": TRAINING}}
+    run = {**TRAINING, "before": {**TRAINING, "before": run}}
+    file = {"name": "model.safetensors", "sha256": "0" * 64, "size": 1}
+    record = WeightsSpec.parse({**RECORD, "decoder_spec": None, "training": run, "encoder": [file]}, source="test")
+    spec = ModelSpec(architecture="vit_t_mae3d", family="vit", weights=record)
+    entry = tomllib.loads(catalog_entry(spec))
+    runs = [entry["training"]]
+    while "before" in runs[-1]:
+        runs.append(runs[-1]["before"])
+    assert ["data" in run for run in runs] == [True, False, False, True, True]
+    assert WeightsSpec.parse(entry, source="entry") == record
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
