@@ -138,9 +138,23 @@ def test_no_card_without_a_training_record(double, to_double, model):
 
 def test_what_there_is_already_is_published_as_it_is(double, to_double, tiny_weights):
     published = plan_upload("tiny", REPO, **to_double).send("Copy")
-    assert set(double.repos[REPO].files) == FILES - {"golden.safetensors"}
+    assert set(double.repos[REPO].files) == FILES
     assert published.spec.weights.encoder == tiny_weights.weights.encoder
     assert titles(double)[0] == "Copy"
+
+
+def test_a_folder_without_golden_outputs_gets_some(double, to_double, tmp_path):
+    spec, saved = save_tiny(tmp_path / "model"), sorted((tmp_path / "model").iterdir())
+    assert spec.weights.golden is None
+    published = plan_upload(f"local-dir:{tmp_path / 'model'}", REPO, **to_double).send()
+    assert sorted((tmp_path / "model").iterdir()) == saved  # the folder is left as it was
+    loaded = medmim.from_pretrained(REPO, endpoint=double.endpoint, cache_dir=tmp_path / "cache")
+    assert loaded.spec.weights == published.spec.weights
+    golden = load_file(loaded.weights_place.fetch(loaded.spec.weights.golden))
+    assert difference(golden_outputs(loaded, medmim.create_decoder(loaded)), golden) is None
+    # What has them is sent as it is.
+    fetched = loaded.weights_place.find("config.json")
+    assert plan_upload(f"local-dir:{fetched.parent}", REPO, **to_double).files["config.json"] == fetched
 
 
 # --- beside what is there ---------------------------------------------------------------------------------------------
@@ -186,9 +200,10 @@ def test_a_pull_request_leaves_main_alone(double, to_double, transport, model):
 
 def test_a_plan_says_what_would_be_sent_and_sends_nothing(double, to_double, tmp_path):
     upload = plan(tmp_path / "model", **to_double)
-    assert set(upload.files) == FILES - {"golden.safetensors"}
-    folder = sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
-    assert upload.size == folder + len(CARD)
+    assert set(upload.files) == FILES
+    folder = sum(path.stat().st_size for path in (tmp_path / "model").iterdir() if path.name != "config.json")
+    made = len(upload.files["config.json"]) + len(upload.files["golden.safetensors"])
+    assert upload.size == folder + made + len(CARD)
     assert {request.method for request in double.requests} == {"GET"}
     assert not double.repos
 
@@ -198,7 +213,7 @@ def test_only_files_that_medmim_knows_are_sent(double, to_double, tmp_path):
     for name in ("data.csv", "recipe.yaml", "LICENSE", ".env", "notes.txt", "catalog.toml", "model.ckpt"):
         (tmp_path / "model" / name).write_text("secret?")
     upload = plan(tmp_path / "model", **to_double)
-    assert set(upload.files) == FILES - {"golden.safetensors"} | {"data.csv", "recipe.yaml", "LICENSE"}
+    assert set(upload.files) == FILES | {"data.csv", "recipe.yaml", "LICENSE"}
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
