@@ -16,7 +16,7 @@ from medmim import hub, registry
 from medmim.errors import SpecError
 from medmim.files import write_text
 from medmim.samples import SampleScan, sample_scans
-from medmim.spec import ModelSpec, Origin, Percentile, TrainingRecord, VolumeSpec, WeightsSpec, Window
+from medmim.spec import DataSource, ModelSpec, Origin, Percentile, TrainingRecord, VolumeSpec, WeightsSpec, Window
 
 NOTICE = "For research. Not a medical device: not for diagnosis or any decision about a patient."
 PICTURE_FILE = "reconstruction.png"  # in a model folder
@@ -146,7 +146,9 @@ def _front_matter(spec: ModelSpec, weights: WeightsSpec) -> str:
             spec.family,
         ],
         # Those that are on the Hub; the table below has all.
-        datasets=sorted({source.name for source in training.data if hub.REPOSITORY.fullmatch(source.name)}),
+        datasets=sorted(
+            {source.name for run in _runs(weights) for source in run.data if hub.REPOSITORY.fullmatch(source.name)}
+        ),
     )
 
 
@@ -221,33 +223,51 @@ def _input(spec: ModelSpec, volume: VolumeSpec) -> str:
 
 
 def _training(weights: WeightsSpec) -> str:
-    training = weights.training
-    scale = " This is demonstration scale." if training.wall_hours < DEMONSTRATION_HOURS else ""
-    published = "The encoder is published" + (", and its decoder beside it." if weights.decoder else " alone.")
-    runs = [_run(training)]
-    while training.before is not None:
-        whose = "of a narrower network, whose channels were copied" if training.widened else "of another run"
-        training = training.before
-        runs.append(f"It started from weights {whose}. {_run(training)}")
-    return f"## Pretraining\n\n{' '.join(runs)}{scale} {published}"
+    runs = _runs(weights)
+    rows = [
+        (
+            *(number, f"`{run.recipe}`", run.steps, run.crops, run.volumes),
+            *(f"{run.wall_hours:.1f}", f"{run.cpu_hours:.1f}", run.hardware, run.date, f"{run.final_loss:.4f}"),
+        )
+        for number, run in enumerate(runs, 1)
+    ]
+    head = "run", "recipe", "steps", "crops", "volumes", "hours", "CPU hours", "hardware", "finished", "loss at the end"
+    remarks = ["Each run started from the weights of the one above it."] if len(runs) > 1 else []
+    for number, run in enumerate(runs[1:], 2):
+        if run.widened:
+            remarks.append(f"The network of run {number} is wider: channels of the one above it were copied.")
+    if sum(run.wall_hours for run in runs) < DEMONSTRATION_HOURS:
+        remarks.append("This is demonstration scale.")
+    remarks.append("The encoder is published" + (", and its decoder beside it." if weights.decoder else " alone."))
+    return f"## Pretraining\n\n{_table(head, rows)}\n\n{' '.join(remarks)}"
 
 
-def _run(training: TrainingRecord) -> str:
-    return (
-        f"Recipe `{training.recipe}`: {training.steps} steps, {training.crops} crops from "
-        f"{training.volumes} volumes, {training.wall_hours:.1f} hours ({training.cpu_hours:.1f} CPU hours) on "
-        f"{training.hardware}, finished {training.date}; mean loss at the end {training.final_loss:.4f}."
-    )
+def _runs(weights: WeightsSpec) -> list[TrainingRecord]:
+    """The runs that the weights went through, the first one first."""
+    runs, run = [], weights.training
+    while run is not None:
+        runs.append(run)
+        run = run.before
+    return runs[::-1]
 
 
 def _data(weights: WeightsSpec) -> str:
-    tables, training = [], weights.training
-    while training is not None:
-        rows = [(source.name, source.modality, source.volumes, source.license) for source in training.data]
-        tables.append(_table(("collection", "modality", "volumes", "licence"), rows))
-        training = training.before
-    listed = "\n\nIn the run before:\n\n".join(tables)
-    return f"## Data\n\nImages only, no labels; `data.csv` beside the weights lists every file.\n\n{listed}"
+    """One table, with a column of volumes for each selection of data that was trained on."""
+    runs = _runs(weights)
+    selections: dict[tuple[DataSource, ...], list[int]] = {}
+    for number, run in enumerate(runs, 1):
+        selections.setdefault(run.data, []).append(number)
+    volumes: dict[tuple[str, str, str], list[int]] = {}
+    for column, selection in enumerate(selections):
+        for source in selection:
+            row = volumes.setdefault((source.name, source.modality, source.license), [0] * len(selections))
+            row[column] += source.volumes
+    head = ["volumes"]
+    if len(selections) > 1:
+        head = [f"volumes in run {', '.join(map(str, numbers))}" for numbers in selections.values()]
+    rows = [(name, modality, *counts, licence) for (name, modality, licence), counts in sorted(volumes.items())]
+    table = _table(("collection", "modality", *head, "licence"), rows)
+    return f"## Data\n\nImages only, no labels; `data.csv` beside the weights lists every file.\n\n{table}"
 
 
 def _results(weights: WeightsSpec) -> str:

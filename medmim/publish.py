@@ -196,13 +196,17 @@ def save_with_golden(
     Raises:
         SpecError: Also for a record that nothing can be published with.
     """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
     spec = save_pretrained(model, folder, decoder=decoder, weights=weights)
     _require_record(spec, spec.name)
-    loaded = create_model(f"local-dir:{folder}", pretrained=True)
-    outputs = golden_outputs(loaded, create_decoder(loaded) if decoder is not None else None)
+    return _write_golden(f"local-dir:{folder}", spec, Path(folder))
+
+
+def _write_golden(name: str, spec: ModelSpec, folder: Path) -> ModelSpec:
+    """Writes golden outputs of a model that has none, and the config that names them."""
+    from safetensors.torch import save_file
+
+    model = create_model(name, pretrained=True)
+    outputs = golden_outputs(model, create_decoder(model) if spec.weights.decoder is not None else None)
     with atomic_write(folder / GOLDEN_FILE) as path:
         save_file(outputs, path)
     golden = hub.describe_file(folder, GOLDEN_FILE)
@@ -225,6 +229,8 @@ def plan_upload(
     endpoint: str | None = None,
 ) -> Upload:
     """What publishing a model would send; asks the hub, sends nothing.
+
+    A model that was saved without golden outputs gets some: of its files, loaded as others will load them.
 
     Args:
         name: As `create_model` takes it: "local-dir:path", a name of the catalog, "hf-hub:org/name".
@@ -252,6 +258,10 @@ def plan_upload(
     files: dict[str, Content] = {**hub.fetch_all(place, spec)}
     if hub.CONFIG not in files:
         raise WeightsError(f"{place} has no {hub.CONFIG}; save the model again")
+    if spec.weights.golden is None:
+        with tempfile.TemporaryDirectory(prefix="medmim-golden-") as folder:
+            spec = _write_golden(name, spec, Path(folder))
+            files |= {file: (Path(folder) / file).read_bytes() for file in (GOLDEN_FILE, hub.CONFIG)}
     spec = hub.as_published(spec, repo, None)
 
     local = hub.local_hub()
@@ -278,10 +288,26 @@ def plan_upload(
 
 
 def catalog_entry(spec: ModelSpec) -> str:
-    """The TOML of a published model to paste into the family's file in `medmim/catalog`."""
+    """The record of a model's weights as TOML: the file `catalog_file(spec)` of a checkout.
+
+    Runs that one model went through mostly share their data, which the TOML lists once (see `TrainingRecord`).
+    """
     import tomli_w
 
-    return tomli_w.dumps({"models": {spec.architecture: {"weights": [spec.weights.to_data()]}}})
+    entry = spec.weights.to_data()
+    run = entry.get("training", {})
+    data = run.get("data")
+    while run := run.get("before"):
+        if run["data"] == data:
+            del run["data"]
+        else:
+            data = run["data"]
+    return tomli_w.dumps(entry)
+
+
+def catalog_file(spec: ModelSpec) -> str:
+    """Where the catalog has the record of a model's weights, in a checkout."""
+    return f"medmim/catalog/weights/{spec.name}.toml"
 
 
 def _require_record(spec: ModelSpec, name: str) -> None:

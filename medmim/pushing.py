@@ -53,7 +53,7 @@ def push(name: str, repo: str, *, card: Path | None, message: str | None, dry_ru
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    from medmim.publish import catalog_entry, plan_upload
+    from medmim.publish import catalog_entry, catalog_file, plan_upload
 
     try:
         text = card.read_text(encoding="utf-8") if card else None
@@ -89,7 +89,11 @@ def push(name: str, repo: str, *, card: Path | None, message: str | None, dry_ru
     _say(f"{'pull request' if published.pull_request else 'published'}: {published.pull_request or published.url}")
     _say(f'to load it: medmim.create_model("hf-hub:{repo}@{published.commit}", pretrained=True)')
     if published.spec.task is None:  # the catalog has encoders
-        _say(f"for the catalog:\n\n{catalog_entry(published.spec)}")
+        spec = published.spec
+        _say(
+            f'for the catalog: "{spec.weights.tag}" among the weights of {spec.architecture}, and '
+            f"{catalog_file(spec)}:\n\n{catalog_entry(spec)}"
+        )
 
 
 def _say(line: str) -> None:

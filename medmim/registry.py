@@ -1,7 +1,8 @@
 """Which models there are: the catalog that ships with medmim, and what code outside it registers.
 
 A name is `architecture` or `architecture.tag`; the tag names a set of weights, the first one listed is the default.
-Nothing here imports torch, and a weights record is validated only when somebody asks for it.
+In the catalog a file for each family lists its models with their tags, and `weights/NAME.toml` is the record of a set
+of weights, which is read only when somebody asks for it. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 CATALOG = Path(__file__).parent / "catalog"
 
 _OWN_CODE = re.compile(r"medmim(?:\.\w+)+:\w+")
-_NAME = re.compile(r"[a-z][a-z0-9_]*")  # medmim.spec has the same rule; importing it would cost every listing pydantic
+# medmim.spec has the same rules; importing it would cost every listing pydantic.
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_TAG = re.compile(r"[a-z0-9][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,13 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A model as the catalog has it: weights are still plain data, `source` says where it was read."""
+    """A model as the catalog has it: by tag, its weights are still plain data, or the file that has them."""
 
     family: str
     description: str
     args: Mapping[str, Any]
     tags: tuple[str, ...]
-    weights: tuple[Mapping[str, Any], ...]
-    source: str
+    weights: Mapping[str, Mapping[str, Any] | Path]
 
 
 _registered_models: dict[str, _Entry] = {}
@@ -116,10 +118,10 @@ def list_pretrained(filter: str | Iterable[str] = "*") -> list[str]:
     filter = _several(filter)
     return sorted(
         (
-            f"{name}.{weights['tag']}"
+            f"{name}.{tag}"
             for name, entry in _models().items()
-            for weights in entry.weights
-            if _matches(name, filter) or _matches(f"{name}.{weights['tag']}", filter)
+            for tag in entry.weights
+            if _matches(name, filter) or _matches(f"{name}.{tag}", filter)
         ),
         key=_natural,
     )
@@ -129,7 +131,7 @@ def is_model(name: str) -> bool:
     """Whether `architecture` or `architecture.tag` is known."""
     architecture, separator, tag = name.partition(".")
     entry = _models().get(architecture)
-    return entry is not None and (not separator or any(weights["tag"] == tag for weights in entry.weights))
+    return entry is not None and (not separator or tag in entry.weights)
 
 
 def model_info(name: str) -> ModelInfo:
@@ -142,24 +144,22 @@ def model_info(name: str) -> ModelInfo:
         UnknownModelError: With the nearest names, or the tags that exist.
         SpecError: For a weights record that says something impossible.
     """
-    from medmim.spec import WeightsSpec
-
     architecture, separator, tag = name.partition(".")
     entry = _models().get(architecture)
     if entry is None:
         raise UnknownModelError(
             f"there is no model {architecture!r}; {nearest(architecture, _models())}medmim.list_models() has all"
         )
-    weights = tuple(
-        WeightsSpec.parse(data, source=f"{entry.source}: weights {data['tag']!r} of {architecture}")
-        for data in entry.weights
-        if not separator or data["tag"] == tag
-    )
-    if separator and not weights:
-        tags = ", ".join(data["tag"] for data in entry.weights)
+    if separator and tag not in entry.weights:
+        tags = ", ".join(entry.weights)
         raise UnknownModelError(
             f"{architecture} has no weights tagged {tag!r}; " + (f"it has: {tags}" if tags else "it has none yet")
         )
+    weights = tuple(
+        read_weights(architecture, each, record)
+        for each, record in entry.weights.items()
+        if not separator or each == tag
+    )
     return ModelInfo(architecture, entry.family, entry.description, dict(entry.args), entry.tags, weights)
 
 
@@ -237,8 +237,7 @@ def register_model(
         description=description,
         args=as_arguments(args or {}),
         tags=tuple(tags),
-        weights=tuple(record.to_data() for record in records),
-        source=source,
+        weights={record.tag: record.to_data() for record in records},
     )
 
 
@@ -256,20 +255,13 @@ def _catalog() -> tuple[dict[str, Mapping[str, str]], dict[str, _Entry]]:
 
 
 def read_catalog(path: Path) -> tuple[Mapping[str, Any], dict[str, _Entry]]:
-    """One file of the catalog: its family, and its models by name.
-
-    Weights records are read only as far as a listing needs them.
+    """One file of the catalog: its family, and its models by name; records of weights are not read.
 
     Raises:
         SpecError: For what is no TOML, and for what is missing or of another type than it must be.
     """
     source = f"catalog/{path.name}"
-    text = read_text(path, CONFIG_BYTES)
-    try:
-        data = tomllib.loads(text)
-    # A number of too many digits is a ValueError too.
-    except (ValueError, RecursionError) as error:
-        raise SpecError(f"{source}: not readable as TOML ({error})") from None
+    data = _read_toml(path, source)
     family = _require(data, "family", dict, source)
     for key in ("class", "adapt"):
         if key in family and not _OWN_CODE.fullmatch(_require(family, key, str, source)):
@@ -286,14 +278,41 @@ def read_catalog(path: Path) -> tuple[Mapping[str, Any], dict[str, _Entry]]:
             args = as_arguments(plain_arguments(args))
         except ValueError as error:
             raise SpecError(f"{where}: args: {error}") from None
-        weights = tuple(_require(model, "weights", list, where, []))
-        if not all(isinstance(record, dict) and isinstance(record.get("tag"), str) for record in weights):
-            raise SpecError(f"{where}: weights must be records with a tag each")
+        sets = _require(model, "weights", list, where, [])
+        if not all(isinstance(tag, str) and _TAG.fullmatch(tag) for tag in sets):
+            raise SpecError(f"{where}: weights must be tags, of lower-case letters, digits and _")
+        weights = {tag: path.parent / "weights" / f"{name}.{tag}.toml" for tag in sets}
         tags = tuple(_require(model, "tags", list, where, []))
         if not all(isinstance(tag, str) for tag in tags):
             raise SpecError(f"{where}: tags must be words")
-        models[name] = _Entry(path.stem, _require(model, "description", str, where), args, tags, weights, source)
+        models[name] = _Entry(path.stem, _require(model, "description", str, where), args, tags, weights)
     return family, models
+
+
+def read_weights(architecture: str, tag: str, record: Mapping[str, Any] | Path) -> WeightsSpec:
+    """The record of a set of weights, from plain data or from its file in the catalog.
+
+    Raises:
+        SpecError: For what is no TOML, and for a record that says something impossible.
+    """
+    from medmim.spec import WeightsSpec
+
+    if not isinstance(record, Path):
+        return WeightsSpec.parse(record, source=f"weights {tag!r} of {architecture}")
+    source = f"catalog/weights/{record.name}"
+    weights = WeightsSpec.parse(_read_toml(record, source), source=source)
+    if weights.tag != tag:
+        raise SpecError(f"{source}: its tag is {weights.tag!r}; a record is called after its model and its tag")
+    return weights
+
+
+def _read_toml(path: Path, source: str) -> dict[str, Any]:
+    text = read_text(path, CONFIG_BYTES)
+    try:
+        return tomllib.loads(text)
+    # A number of too many digits is a ValueError too.
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"{source}: not readable as TOML ({error})") from None
 
 
 def _require(table: Mapping[str, Any], key: str, kind: type, source: str, default: Any = None) -> Any:

@@ -9,6 +9,7 @@ Sizes and spacings are 3-tuples over array axes (D, H, W) after reorientation to
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -148,6 +149,7 @@ class TrainingRecord(Record):
     """What a pretraining run was and what it cost; copied from the run's own record.
 
     Attributes:
+        data: What it was trained on; a run `before` another that is written without has that of the later one.
         before: The record of the weights that it started from; None when it started anew.
         widened: Whether those are of a narrower network, whose channels were copied.
     """
@@ -165,6 +167,13 @@ class TrainingRecord(Record):
     data: tuple[DataSource, ...] = Field(min_length=1)
     before: TrainingRecord | None = None
     widened: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _same_data(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "data" in values and isinstance(values.get("before"), Mapping):
+            return {**values, "before": {"data": values["data"], **values["before"]}}
+        return values
 
 
 class Evidence(Record):

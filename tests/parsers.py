@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 
 import medmim
-from fakes import RECORD, TINY, save_tiny
+from fakes import RECORD, TINY, TRAINING, save_tiny
 from medmim import hub, registry
 from medmim.cards import render_card
 from medmim.checkpoints import read_tensors
@@ -36,19 +36,6 @@ from medmim_training.store.index import Store, open_array, read_array, write_arr
 from medmim_training.store.sources import find_sources
 
 SHAPE = (4, 5, 6)
-TRAINING = {
-    "method": "mae",
-    "recipe": "small/vit_t_mae3d",
-    "steps": 100,
-    "crops": 800,
-    "volumes": 12,
-    "wall_hours": 1.5,
-    "cpu_hours": 3.0,
-    "hardware": "2 CPU cores",
-    "final_loss": 0.04,
-    "date": "2026-11-24",
-    "data": [{"name": "pool", "volumes": 12, "modality": "CT", "license": "CC-BY-4.0"}],
-}
 
 
 @dataclass(frozen=True)
@@ -214,6 +201,14 @@ def catalog() -> bytes:
     return (registry.CATALOG / "vit.toml").read_bytes()
 
 
+def catalog_weights() -> bytes:
+    return (registry.CATALOG / "weights" / "vit_t_mae3d.open_mix.toml").read_bytes()
+
+
+def parse_catalog_weights(path: Path) -> Any:
+    return registry.read_weights("vit_t_mae3d", "open_mix", path)
+
+
 def recipe() -> bytes:
     return (recipe_folder() / "small" / "vit_t_mae3d.yaml").read_bytes()
 
@@ -238,6 +233,7 @@ PARSERS = {
     ),
     "safetensors": Parser("model.safetensors", tensors, lambda path: read_tensors([path])),
     "catalog": Parser("vit.toml", catalog, registry.read_catalog),
+    "catalog, weights": Parser("vit_t_mae3d.open_mix.toml", catalog_weights, parse_catalog_weights),
     "foreign keys": Parser("keys.txt", foreign_keys, convert),
     "recipe": Parser("recipe.yaml", recipe, lambda path: load_recipe(str(path))),
     "data list, CSV": Parser("data.csv", lambda: b"file,modality,group\na.nii,CT,x\nb.nii,MR T1,y\n", find_sources),

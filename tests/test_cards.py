@@ -123,6 +123,31 @@ def test_a_tuned_model_names_what_it_was_tuned_from(tmp_path):
     assert again.weights.base_model == "org/base"
 
 
+def test_runs_that_the_weights_went_through_and_their_data(tmp_path):
+    fewer = {**TRAINING, "recipe": "middle", "data": TRAINING["data"][:1], "before": {**TRAINING, "recipe": "first"}}
+    text = render_card(spec_with(tmp_path, training={**TRAINING, "before": {**fewer, "widened": True}}))
+    runs = re.findall(r"^\| (\d) \| `([\w/]+)` \|", text, re.MULTILINE)
+    assert runs == [("1", "first"), ("2", "middle"), ("3", TRAINING["recipe"])]
+    assert "the one above it. The network of run 2 is wider: channels of the one above it were copied." in text
+    assert "| collection | modality | volumes in run 1, 3 | volumes in run 2 | licence |" in text
+    assert text.count("| org/set |") == text.count("| ours |") == 1
+    assert "| org/set | MR | 2 | 2 | CC-BY-4.0 |" in text
+    assert "| ours | CT | 1 | 0 | CC-BY-4.0 |" in text
+
+
+def test_data_of_several_runs_is_listed_once_where_it_is_the_same(tmp_path):
+    text = render_card(spec_with(tmp_path, training={**TRAINING, "before": TRAINING}))
+    assert "| collection | modality | volumes | licence |" in text
+    assert text.count("| org/set |") == 1
+
+
+def test_demonstration_scale_is_of_all_runs_together(tmp_path):
+    short = {**TRAINING, "wall_hours": 20}
+    assert "demonstration scale" in render_card(spec_with(tmp_path / "short", training=short))
+    long = {**short, "before": short}
+    assert "demonstration scale" not in render_card(spec_with(tmp_path / "long", training=long))
+
+
 # --- models for a task ------------------------------------------------------------------------------------------------
 
 CLASSES = ("background", "left | right")
@@ -297,7 +322,7 @@ def test_stale_missing_and_foreign_cards_are_found_and_written_anew(catalog, mon
     assert run(monkeypatch, folder, "--check") == 0
     fresh = (folder / f"{name}.md").read_text("utf-8")
     others = [path for path in folder.glob("*.md") if path.stem != name]
-    (folder / f"{name}.md").write_text(fresh.replace("10 steps", "11 steps"))
+    (folder / f"{name}.md").write_text(fresh.replace("| 10 | 40 |", "| 11 | 40 |"))
     for path in others:
         path.unlink()
     capfd.readouterr()

@@ -257,9 +257,6 @@ def test_push_says_what_goes_where_before_and_the_commit_after(call, model, hub_
     arguments = ["push", source, "org/name", "--hub", hub_folder, "--card", card, "--tag", "v1"]
     code, planned, err = call(*arguments, "--dry-run")
     assert (code, err) == (0, "")
-    files = {path.name: path.stat().st_size for path in Path(source).iterdir()} | {"README.md": 8}
-    for name, size in {**files, "in all": sum(files.values())}.items():
-        assert re.search(rf"^{name} +{size:,} bytes *$", planned, re.MULTILINE)
     assert f"to org/name at the local hub {hub_folder}, a new repository" in planned
     assert planned.endswith("nothing was sent\n")
     assert not hub_folder.exists()
@@ -268,9 +265,15 @@ def test_push_says_what_goes_where_before_and_the_commit_after(call, model, hub_
     assert (code, err) == (0, "")
     assert out.startswith(planned.removesuffix("nothing was sent\n"))
     (version,) = (hub_folder / "org/name/snapshots").iterdir()
+    files = {path.name: path.stat().st_size for path in version.iterdir() if path.name != "SHA256SUMS"}
+    assert {*files} == {*names(Path(source)), "README.md", "golden.safetensors"}
+    for name, size in {**files, "in all": sum(files.values())}.items():
+        assert re.search(rf"^{name} +{size:,} bytes *$", planned, re.MULTILINE)
     assert f"published: {version}" in out
     assert f'create_model("hf-hub:org/name@{version.name}", pretrained=True)' in out
-    (entry,) = tomllib.loads(out.partition("for the catalog:")[2])["models"]["vit_t_mae3d"]["weights"]
+    place, _, text = out.partition("for the catalog: ")[2].partition(":\n\n")
+    assert place == '"random" among the weights of vit_t_mae3d, and medmim/catalog/weights/vit_t_mae3d.random.toml'
+    entry = tomllib.loads(text)
     assert (entry["repo"], entry["revision"]) == ("org/name", version.name)
 
     _, out, _ = call("push", f"hf-hub:org/name@{version.name}", "org/name", "--hub", hub_folder, "--dry-run")

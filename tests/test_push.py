@@ -10,14 +10,14 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
 import medmim
-from fakes import RECORD, save_tiny, tiny_decoder, tiny_model
+from fakes import RECORD, TRAINING, save_tiny, tiny_decoder, tiny_model
 from hubdouble import HubDouble
 from medmim import hub
 from medmim.errors import SpecError, WeightsError
 from medmim.golden import difference, golden_outputs
 from medmim.localhub import LocalHub
 from medmim.publish import catalog_entry, plan_upload, push_to_hub
-from medmim.spec import WeightsSpec
+from medmim.spec import ModelSpec, WeightsSpec
 
 REPO = "org/tiny.fake"
 CARD = "---\nlicense: cc-by-4.0\n---\n# A card\n"
@@ -79,13 +79,27 @@ def test_one_commit_that_a_stranger_loads(double, to_double, transport, model, t
 
 def test_the_entry_for_the_catalog_is_the_record_with_its_commit(double, to_double, model, registry):
     published = push(model, **to_double)
-    (entry,) = tomllib.loads(catalog_entry(published.spec))["models"]["vit_t_mae3d"]["weights"]
-    record = WeightsSpec.parse(entry, source="entry")
+    record = WeightsSpec.parse(tomllib.loads(catalog_entry(published.spec)), source="entry")
     assert (record.repo, record.revision) == (REPO, published.commit)
     assert [file.sha256 for file in record.encoder] == [double.repos[REPO].files["model.safetensors"].sha256]
     registry.register_model("tiny", family="vit", args=published.spec.args, weights=[record])
     loaded = medmim.create_model("tiny", pretrained=True, endpoint=double.endpoint)
     assert torch.equal(loaded.norm.bias, model.norm.bias)
+
+
+def test_the_entry_for_the_catalog_lists_data_once_for_runs_that_share_it():
+    other = [{**TRAINING["data"][0], "volumes": 9}]
+    run = {**TRAINING, "before": {**TRAINING, "data": other, "before": TRAINING}}
+    run = {**TRAINING, "before": {**TRAINING, "before": run}}
+    file = {"name": "model.safetensors", "sha256": "0" * 64, "size": 1}
+    record = WeightsSpec.parse({**RECORD, "decoder_spec": None, "training": run, "encoder": [file]}, source="test")
+    spec = ModelSpec(architecture="vit_t_mae3d", family="vit", weights=record)
+    entry = tomllib.loads(catalog_entry(spec))
+    runs = [entry["training"]]
+    while "before" in runs[-1]:
+        runs.append(runs[-1]["before"])
+    assert ["data" in run for run in runs] == [True, False, False, True, True]
+    assert WeightsSpec.parse(entry, source="entry") == record
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -124,9 +138,23 @@ def test_no_card_without_a_training_record(double, to_double, model):
 
 def test_what_there_is_already_is_published_as_it_is(double, to_double, tiny_weights):
     published = plan_upload("tiny", REPO, **to_double).send("Copy")
-    assert set(double.repos[REPO].files) == FILES - {"golden.safetensors"}
+    assert set(double.repos[REPO].files) == FILES
     assert published.spec.weights.encoder == tiny_weights.weights.encoder
     assert titles(double)[0] == "Copy"
+
+
+def test_a_folder_without_golden_outputs_gets_some(double, to_double, tmp_path):
+    spec, saved = save_tiny(tmp_path / "model"), sorted((tmp_path / "model").iterdir())
+    assert spec.weights.golden is None
+    published = plan_upload(f"local-dir:{tmp_path / 'model'}", REPO, **to_double).send()
+    assert sorted((tmp_path / "model").iterdir()) == saved  # the folder is left as it was
+    loaded = medmim.from_pretrained(REPO, endpoint=double.endpoint, cache_dir=tmp_path / "cache")
+    assert loaded.spec.weights == published.spec.weights
+    golden = load_file(loaded.weights_place.fetch(loaded.spec.weights.golden))
+    assert difference(golden_outputs(loaded, medmim.create_decoder(loaded)), golden) is None
+    # What has them is sent as it is.
+    fetched = loaded.weights_place.find("config.json")
+    assert plan_upload(f"local-dir:{fetched.parent}", REPO, **to_double).files["config.json"] == fetched
 
 
 # --- beside what is there ---------------------------------------------------------------------------------------------
@@ -172,9 +200,10 @@ def test_a_pull_request_leaves_main_alone(double, to_double, transport, model):
 
 def test_a_plan_says_what_would_be_sent_and_sends_nothing(double, to_double, tmp_path):
     upload = plan(tmp_path / "model", **to_double)
-    assert set(upload.files) == FILES - {"golden.safetensors"}
-    folder = sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
-    assert upload.size == folder + len(CARD)
+    assert set(upload.files) == FILES
+    folder = sum(path.stat().st_size for path in (tmp_path / "model").iterdir() if path.name != "config.json")
+    made = len(upload.files["config.json"]) + len(upload.files["golden.safetensors"])
+    assert upload.size == folder + made + len(CARD)
     assert {request.method for request in double.requests} == {"GET"}
     assert not double.repos
 
@@ -184,7 +213,7 @@ def test_only_files_that_medmim_knows_are_sent(double, to_double, tmp_path):
     for name in ("data.csv", "recipe.yaml", "LICENSE", ".env", "notes.txt", "catalog.toml", "model.ckpt"):
         (tmp_path / "model" / name).write_text("secret?")
     upload = plan(tmp_path / "model", **to_double)
-    assert set(upload.files) == FILES - {"golden.safetensors"} | {"data.csv", "recipe.yaml", "LICENSE"}
+    assert set(upload.files) == FILES | {"data.csv", "recipe.yaml", "LICENSE"}
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------

@@ -124,11 +124,13 @@ def test_a_catalog_file_gives_families_models_and_weights(registry, monkeypatch,
     catalog = {
         "family": {"class": "medmim.spec:Window", "args": {"numerator": 3, "sides": [1, 2, 3]}},
         "models": {
-            "half": {"description": "d", "args": {"denominator": 2}, "weights": [WEIGHTS]},
+            "half": {"description": "d", "args": {"denominator": 2}, "weights": ["fake"]},
             "other": {"description": "d", "args": {"numerator": 4}},
         },
     }
     (tmp_path / "number.toml").write_text(tomli_w.dumps(catalog))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/half.fake.toml").write_text(tomli_w.dumps(WEIGHTS))
     monkeypatch.setattr(registry, "CATALOG", tmp_path)
     registry._catalog.cache_clear()
     try:
@@ -143,15 +145,29 @@ def test_a_catalog_file_gives_families_models_and_weights(registry, monkeypatch,
         registry._catalog.cache_clear()
 
 
-def test_a_bad_record_of_the_catalog_is_refused_when_it_is_asked_for(registry, monkeypatch, tmp_path):
-    bad = {**WEIGHTS, "revision": "main"}
-    catalog = {"family": {"class": "medmim.spec:Window"}, "models": {"m": {"description": "d", "weights": [bad]}}}
+def test_records_and_tags_of_the_catalog_are_the_same(registry):
+    assert {path.stem for path in (registry.CATALOG / "weights").iterdir()} == set(medmim.list_pretrained())
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({**WEIGHTS, "revision": "main"}, "catalog/weights/m.fake.toml: revision"),
+        ({**WEIGHTS, "tag": "other"}, "catalog/weights/m.fake.toml: its tag is 'other'"),
+        (None, "m.fake.toml: cannot be read"),
+    ],
+)
+def test_a_bad_record_of_the_catalog_is_refused_when_it_is_asked_for(record, message, registry, monkeypatch, tmp_path):
+    catalog = {"family": {"class": "medmim.spec:Window"}, "models": {"m": {"description": "d", "weights": ["fake"]}}}
     (tmp_path / "bad.toml").write_text(tomli_w.dumps(catalog))
+    (tmp_path / "weights").mkdir()
+    if record is not None:
+        (tmp_path / "weights/m.fake.toml").write_text(tomli_w.dumps(record))
     monkeypatch.setattr(registry, "CATALOG", tmp_path)
     registry._catalog.cache_clear()
     try:
         assert medmim.list_pretrained() == ["m.fake"]
-        with pytest.raises(SpecError, match=r"catalog/bad.toml: weights 'fake' of m: revision"):
+        with pytest.raises(SpecError, match=re.escape(message)):
             medmim.model_info("m")
     finally:
         registry._catalog.cache_clear()

@@ -424,11 +424,13 @@ def package(
 
     Example: `medmim-train package runs/vit_t -o vit_t --data store --tag ours --license CC-BY-4.0 --citation us.bib`
     """
+    from medmim.publish import catalog_file
     from medmim_training.publish import ENTRY_FILE
 
     spec = _package(run, out, data, tag, license, citation, evidence)
     console.print(f"{spec.name}: {out}")
-    console.print(f'try it: medmim.create_model("local-dir:{out}", pretrained=True); catalog entry: {out / ENTRY_FILE}')
+    console.print(f'try it: medmim.create_model("local-dir:{out}", pretrained=True)')
+    console.print(f"for the catalog: {out / ENTRY_FILE} is {catalog_file(spec)} of a checkout")
 
 
 @app.command()
