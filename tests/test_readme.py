@@ -1,4 +1,4 @@
-"""What the README shows can be done as it stands."""
+"""What the README and the pages of docs/ show can be done as it stands."""
 
 import csv
 import re
@@ -13,21 +13,31 @@ from medmim import cli
 from medmim_training import cli as training_cli
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-SHELL = [
-    line
-    for block in re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    for line in block.splitlines()
+PAGES = {
+    page.relative_to(ROOT): page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES[Path("README.md")]
+
+
+def blocks(language: str) -> list[tuple[Path, str]]:
+    """The code blocks of all pages in a language, each with its page."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [(page, code) for page, text in PAGES.items() for code in pattern.findall(text)]
+
+
+PYTHON = [pytest.param(page, code, id=f"{page.stem}: {code.splitlines()[-1][:40]}") for page, code in blocks("python")]
+SHELL = [line for _, code in blocks("bash") for line in code.splitlines()]
+LINKS = [
+    (page, link) for page, text in PAGES.items() for link in sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", text)))
 ]
 
 
 @pytest.mark.skipif(not medmim.list_pretrained("vit_t_mae3d"), reason="the weights are not there yet")
-@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[-1][:40])
-def test_python_runs_and_prints_what_is_beside_it(code, monkeypatch, capsys):
+@pytest.mark.parametrize(("page", "code"), PYTHON)
+def test_python_runs_and_prints_what_is_beside_it(page, code, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    exec(compile(code, "README.md", "exec"), {})
-    expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+    exec(compile(code, str(page), "exec"), {})
+    expected = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
     assert expected
     assert capsys.readouterr().out.splitlines() == expected
 
@@ -54,10 +64,9 @@ def test_commands_exist(program, app):
 
 
 def test_recipes_exist():
-    recipes = {
-        word for line in SHELL if line.startswith("medmim-train ") for word in line.split() if word.startswith("small/")
-    }
-    assert recipes
+    used = {word for line in SHELL if line.startswith("medmim-train ") for word in line.split()}
+    recipes = {word for word in used if word.startswith(("small/", "finetune/"))}
+    assert {recipe.partition("/")[0] for recipe in recipes} == {"small", "finetune"}
     assert all((ROOT / "training" / "recipes" / f"{recipe}.yaml").is_file() for recipe in recipes)
 
 
@@ -78,9 +87,17 @@ def test_every_model_is_named(name):
     assert f"`{name}`" in README
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
-def test_linked_files_exist(link):
-    assert (ROOT / link).is_file()
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=str)
+def test_linked_files_and_sections_exist(page, link):
+    file, _, section = link.partition("#")
+    target = (page.parent / file) if file else page
+    assert (ROOT / target).is_file()
+    titles = re.findall(r"^#+ (.*)$", (ROOT / target).read_text(), re.MULTILINE) if section else []
+    assert not section or section in {title.lower().replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert set(PAGES) == {Path("README.md")} | {Path(link) for _, link in LINKS if link.startswith("docs/")}
 
 
 def test_the_figures_of_segmentation_are_those_of_its_runs():
