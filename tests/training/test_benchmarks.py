@@ -39,9 +39,10 @@ def test_a_step(tmp_path):
     import step
 
     network = step.Network(side=32, width=96, depth=2, heads=2, decoder_width=48, decoder_depth=1, decoder_heads=2)
-    step.measure(network, batch=2, precision="fp32", rounds=2, memory=False, out=tmp_path / "step.json")
+    step.measure(network, batch=2, precision="fp32", rounds=2, out=tmp_path / "step.json")
     result = json.loads((tmp_path / "step.json").read_text())
-    assert set(result["times_medmim"]) == {"monai", "timm"}
+    assert set(result["times_medmim"]) == {"monai", "monai, memory kept", "timm"}
+    assert set(result["peak_megabytes"]) == set(result["seconds"])
     assert 0 < result["share_of_matrix_product_rate"] < 1
     assert sum(result["time_goes_to"].values()) == pytest.approx(1, abs=0.01)
     weights = result["million_weights"]

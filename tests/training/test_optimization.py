@@ -10,7 +10,7 @@ import torch
 from fakes import TINY
 from medmim.errors import SpecError
 from medmim_training.engine import build_method
-from medmim_training.optimization import create_optimizer, create_schedule
+from medmim_training.optimization import clip_gradients, create_optimizer, create_schedule
 from medmim_training.recipe import Recipe
 
 
@@ -95,3 +95,30 @@ def test_schedules(recipe, schedule, step, expected):
     recipe = Recipe.model_validate({**with_optimizer(recipe, lr=1.0).model_dump(), "schedule": schedule})
     _, rate, _ = rates(recipe, step)
     assert list(rate.values()) == pytest.approx([expected] * len(rate))
+
+
+def gradients(*values: float) -> list[torch.nn.Parameter]:
+    """A weight each, with that gradient, and one that has none."""
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(len(values) + 1)]
+    for weight, value in zip(weights, values, strict=False):
+        weight.grad = torch.tensor([value])
+    return weights
+
+
+def test_gradients_that_are_too_long_are_scaled_down():
+    weights = gradients(3.0, 4.0)
+    assert clip_gradients(weights, 1.0) == pytest.approx(5.0)
+    assert [weight.grad.item() for weight in weights[:2]] == pytest.approx([0.6, 0.8])
+
+
+def test_gradients_that_are_short_enough_are_not_written_to():
+    weights = gradients(3.0, 4.0)
+    before = [weight.grad._version for weight in weights[:2]]
+    assert clip_gradients(weights, 5.0) == 5.0
+    assert [weight.grad._version for weight in weights[:2]] == before
+
+
+def test_a_gradient_that_is_no_number_spreads():
+    weights = gradients(3.0, math.nan)
+    assert math.isnan(clip_gradients(weights, 1.0))
+    assert all(weight.grad.isnan().all() for weight in weights[:2])

@@ -12,10 +12,12 @@ import math
 import time
 from pathlib import Path
 
+import torch
 import typer
 from common import RESULTS, median, write_result
 from step import Network, make_step, of_medmim
 
+from medmim_training.memory import keep_freed_memory
 from medmim_training.plan import make_plan
 from medmim_training.precision import resolve_precision
 from medmim_training.recipe import Recipe, load_recipe
@@ -32,6 +34,8 @@ def main(
 ) -> None:
     """Measures, and writes the result to OUT."""
     precision = resolve_precision(precision)
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # as `medmim-train pretrain` does
     networks = [Network(side=side, width=width, heads=width // 64) for side in SIDES]
     plans = [make_plan(_recipe(network, precision)) for network in networks]
     start, speed = time.monotonic(), math.inf

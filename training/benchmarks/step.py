@@ -4,8 +4,9 @@
 
 ViT-B/16 on 96-cubed crops, three quarters hidden, decoder 384 wide and 4 deep, squared error on hidden voxels, clipped
 gradients, AdamW. MONAI's `MaskedAutoEncoderViT` runs in fp32, the only precision it works in; the others in
-`--precision`. Besides: the step's share of the rate of plain matrix products measured in the same run, what the time
-goes to, and the peak memory of each in a process of its own.
+`--precision`. Each is in a process of its own, which is set up as its users get it: `medmim-train pretrain` has the
+allocator keep freed memory on a CPU, so MONAI's is measured with that too. Besides: the step's share of the rate of
+plain matrix products measured in the same run, what the time goes to, and the peak memory of each.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import multiprocessing
 import resource
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -28,7 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import medmim
 from medmim.layers.position import sincos_position
 from medmim.layers.tokens import patchify
+from medmim_training.memory import keep_freed_memory
 from medmim_training.methods.mae import MAE
+from medmim_training.optimization import clip_gradients
 from medmim_training.plan import matrix_product_rate
 from medmim_training.precision import DTYPES, resolve_precision
 
@@ -52,44 +58,101 @@ def main(
     batch: int = 4,
     precision: str = "auto",
     rounds: int = 5,
-    memory: bool = True,
     out: Path = RESULTS / "step.json",
 ) -> None:
     """Measures, and writes the result to OUT."""
-    measure(Network(), batch=batch, precision=precision, rounds=rounds, memory=memory, out=out)
+    measure(Network(), batch=batch, precision=precision, rounds=rounds, out=out)
 
 
-def measure(network: Network, *, batch: int, precision: str, rounds: int, memory: bool, out: Path) -> None:
+def measure(network: Network, *, batch: int, precision: str, rounds: int, out: Path) -> None:
     """The benchmark, for a network of any size."""
     precision = resolve_precision(precision)
-    # First, because Linux counts to a new process the peak of the one that started it.
-    peaks = {name: peak_memory(name, network, batch, precision) for name in CANDIDATES if memory}
-    models = {name: make(network) for name, make in CANDIDATES.items()}
-    steps = {name: make_step(name, *model, network, batch, precision) for name, model in models.items()}
-    with FlopCounterMode(display=False) as counter:
-        steps["medmim"]()
-    flops = counter.get_total_flops()
     rates: list[float] = []
 
     def matrices() -> None:
         rates.append(matrix_product_rate(precision, seconds=0.5))
 
-    times = take_turns({"matrices": matrices, **steps}, rounds=rounds)
-    del times["matrices"]
+    with ExitStack() as stack:
+        steps = {
+            name: stack.enter_context(OwnProcess(name, network, batch=batch, precision=precision))
+            for name in CANDIDATES
+        }
+        times = take_turns({"matrices": matrices, **steps}, rounds=rounds)
+        del times["matrices"]
+        # Before the rest, which takes memory of its own.
+        peaks = {name: step.ask("peak_megabytes") for name, step in steps.items()}
+        weights = {name: step.ask("million_weights") for name, step in steps.items()}
+        flops = steps["medmim"].ask("flops")
+        time_goes_to = steps["medmim"].ask("time_goes_to")
     shares = [flops / seconds / rate for seconds, rate in zip(times["medmim"], rates[-rounds:], strict=True)]
     result = {
         "what": f"one optimizer step, batch {batch}, {network}",
-        "precision": {"medmim": precision, "timm": precision, "monai": "fp32"},
-        "million_weights": {name: _trained(model) / 1e6 for name, (model, _) in models.items()},
+        "precision": {name: "fp32" if name.startswith("monai") else precision for name in CANDIDATES},
+        "million_weights": weights,
         **compare(times, "medmim"),
         "gflop": round(flops / 1e9, 1),
         "share_of_matrix_product_rate": median(shares),
         "matrix_product_gflops": round(max(rates) / 1e9, 1),
-        "time_goes_to": breakdown(steps["medmim"]),
+        "time_goes_to": time_goes_to,
+        "peak_megabytes": peaks,
     }
-    if memory:
-        result["peak_megabytes"] = peaks
     write_result(out, result)
+
+
+class OwnProcess:
+    """A candidate in a process of its own: a call makes one step there.
+
+    Args:
+        name: Of the candidate.
+        network: What it builds.
+        batch: Crops of a step.
+        precision: As resolved.
+    """
+
+    def __init__(self, name: str, network: Network, *, batch: int, precision: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        args = theirs, name, network, batch, precision, torch.get_num_threads()
+        self.process = context.Process(target=_serve, args=args, daemon=True)
+
+    def __enter__(self) -> OwnProcess:
+        self.process.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.join()
+
+    def ask(self, what: str) -> Any:
+        """What the process knows by that name, see `_serve`."""
+        self.pipe.send(what)
+        while not self.pipe.poll(1):
+            if not self.process.is_alive():
+                raise RuntimeError("the process of a candidate has ended; its error is above")
+        return self.pipe.recv()
+
+    def __call__(self) -> None:
+        self.ask("step")
+
+
+def _serve(pipe: Connection, name: str, network: Network, batch: int, precision: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    if name in KEEP_MEMORY and not torch.cuda.is_available():
+        keep_freed_memory()
+    model, loss_of = CANDIDATES[name](network)
+    step = make_step(name, model, loss_of, network, batch, precision)
+    answers = {
+        "step": step,
+        "peak_megabytes": _peak,
+        "million_weights": lambda: _trained(model) / 1e6,
+        "flops": lambda: _flops(step),
+        "time_goes_to": lambda: breakdown(step),
+    }
+    while True:
+        answer = answers[pipe.recv()]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        pipe.send(answer)
 
 
 # --- the candidates: each a function that makes one step -------------------------------------------------------------
@@ -106,14 +169,16 @@ def make_step(
     model.to(device).train()
     x = torch.rand(batch, 1, *[network.side] * 3, generator=torch.Generator().manual_seed(0)).to(device)
     # MONAI's is given the optimizer as it comes; ours is fused, and so timm's is.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=name != "monai")
-    dtype = torch.float32 if name == "monai" else DTYPES[precision]
+    monai = name.startswith("monai")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=not monai)
+    dtype = torch.float32 if monai else DTYPES[precision]
+    clip = clip_gradients if name == "medmim" else torch.nn.utils.clip_grad_norm_
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
             loss = loss_of(x)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -213,7 +278,8 @@ def of_timm(network: Network) -> Candidate:
     return model, model
 
 
-CANDIDATES = {"medmim": of_medmim, "monai": of_monai, "timm": of_timm}
+CANDIDATES = {"medmim": of_medmim, "monai": of_monai, "monai, memory kept": of_monai, "timm": of_timm}
+KEEP_MEMORY = {"medmim", "monai, memory kept"}
 
 
 # --- what else is reported -------------------------------------------------------------------------------------------
@@ -252,17 +318,14 @@ def _kind(operator: str) -> str:
     return "everything else"
 
 
-def peak_memory(name: str, network: Network, batch: int, precision: str) -> int:
-    """Megabytes at the peak of two steps in a fresh process, on the GPU where there is one."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (name, network, batch, precision, torch.get_num_threads()))
-
-
-def _peak(name: str, network: Network, batch: int, precision: str, threads: int) -> int:
-    torch.set_num_threads(threads)
-    step = make_step(name, *CANDIDATES[name](network), network, batch, precision)
-    for _ in range(2):
+def _flops(step: Callable[[], None]) -> int:
+    with FlopCounterMode(display=False) as counter:
         step()
+    return counter.get_total_flops()
+
+
+def _peak() -> int:
+    """Megabytes at the peak of this process so far, on the GPU where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() // 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10

@@ -25,7 +25,7 @@ from medmim.pictures import reconstruction_picture
 from medmim_training.checkpoint import load_latest, save_checkpoint
 from medmim_training.loading import batches
 from medmim_training.methods import MethodOutput, create_method
-from medmim_training.optimization import create_optimizer, create_schedule
+from medmim_training.optimization import clip_gradients, create_optimizer, create_schedule
 from medmim_training.precision import usable_precision
 from medmim_training.preemption import Preempted, stop_requests
 from medmim_training.recipe import Recipe
@@ -209,12 +209,13 @@ class _Run:
                 self._refuse(loss, batch, done)
             total += loss
             stopped |= asked > 0
-        grad_norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), self.recipe.optimizer.clip_grad)
+        self.accelerator.unscale_gradients()
+        grad_norm = clip_gradients(self.trained.parameters(), self.recipe.optimizer.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.method)
-        return _Step(output, total / self.recipe.accumulate, float(whole(grad_norm)), stopped)
+        return _Step(output, total / self.recipe.accumulate, grad_norm, stopped)
 
     @contextmanager
     def _exchanging(self, last: bool) -> Iterator[None]:

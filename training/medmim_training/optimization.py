@@ -1,7 +1,8 @@
-"""Optimizer and schedule of a recipe: timm's."""
+"""Optimizer and schedule of a recipe: timm's; and the clipping of gradients, torch's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,11 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from medmim.errors import SpecError
 from medmim_training.recipe import OptimizerSection, ScheduleSection
+from medmim_training.sharding import whole
 
 NNUNET_POWER = 0.9  # of the polynomial (Isensee et al. 2021)
 
@@ -94,3 +97,21 @@ def create_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleSection)
     if settings.kind == "poly":
         return PolyLRScheduler(optimizer, power=NNUNET_POWER, **common)
     return CosineLRScheduler(optimizer, **common)
+
+
+def clip_gradients(weights: Iterable[nn.Parameter], most: float) -> float:
+    """Scales gradients down to a norm of `most`, in place; those within it are not written to, which takes time.
+
+    Args:
+        weights: Split ones (DTensors) too; all processes must call this.
+        most: Above 0.
+
+    Returns:
+        The norm over all of them, before.
+    """
+    weights = [weight for weight in weights if weight.grad is not None]
+    norm = get_total_norm([weight.grad for weight in weights])
+    length = float(whole(norm))
+    if not length <= most:  # or it is no number, which then spreads to all weights
+        clip_grads_with_norm_(weights, most, norm)
+    return length

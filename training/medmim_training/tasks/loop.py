@@ -26,7 +26,7 @@ from medmim.limits import LIST_BYTES, read_json
 from medmim_training.checkpoint import BEST, load_latest, save_checkpoint
 from medmim_training.engine import CHECKPOINTS, METRICS_FILE, PICTURES, PRIME, RECIPE_FILE, NonFiniteLossError
 from medmim_training.loading import batches
-from medmim_training.optimization import create_optimizer, create_schedule
+from medmim_training.optimization import clip_gradients, create_optimizer, create_schedule
 from medmim_training.precision import usable_precision
 from medmim_training.preemption import Preempted, stop_requests
 from medmim_training.record import Clock, Meter, MetricsLog, Report, claim
@@ -229,10 +229,11 @@ class Run:
             names = sorted({self.task.split.training[i].name for i in batch["case"].tolist()})
             raise NonFiniteLossError(f"step {done}: the loss is {value}; look at {', '.join(names)}, or lower the rate")
         self.accelerator.backward(loss)
-        grad_norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), self.recipe.optimizer.clip_grad)
+        self.accelerator.unscale_gradients()
+        grad_norm = clip_gradients(self.trained.parameters(), self.recipe.optimizer.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return value, float(grad_norm)
+        return value, grad_norm
 
     def _choose_trained(self, *, encoder: bool) -> None:
         """Training mode, in which the encoder may be left as it is: its weights and what it drops."""
