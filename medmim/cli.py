@@ -16,6 +16,7 @@ from rich.table import Table
 from medmim import __version__, pushing
 from medmim.command import Terminal, report, run
 from medmim.errors import MedmimError, ScanError, UnknownModelError, WeightsError, printable
+from medmim.files import check_writable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -164,7 +165,7 @@ def embed(
 
     Example: `medmim embed scans/ -o features.safetensors`
     """
-    _require_suffix(output, ".safetensors")
+    _check_output(output, ".safetensors")
     from medmim.cohort import name_scans
     from medmim.inference import embed as embed_scan
     from medmim.inference import save_embeddings
@@ -198,24 +199,26 @@ def segment(
     Example: `medmim segment scans/ -m local-dir:hippocampus -o masks`
     """
     from medmim.cohort import ScanTable, name_scans, place_masks
+    from medmim.identity import identity
     from medmim.segmentation import read_segmentation, segmented_classes
     from medmim.segmentation import segment as segment_scan
-    from medmim.volumes import quick_shape
 
     named = name_scans(scans, outside=output)
     masks = place_masks(named, output)
     network = _load(model)
     classes = segmented_classes(network)
-    table = ScanTable(output / "volumes.csv", [f"{name} (ml)" for name in classes[1:]])
-    left = {name: scan for name, scan in named.items() if name not in table or not masks[name].is_file()}
+    made_by = identity(network)
+    table = ScanTable(output / "volumes.csv", [f"{name} (ml)" for name in classes[1:]], model=made_by)
+    without_row = table.without_row(named)
+    left = {name: scan for name, scan in named.items() if name in without_row or not masks[name].is_file()}
 
     def label(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
         if masks[name].is_file():  # the run was stopped before it wrote the row
-            result = read_segmentation(masks[name], classes, shape=quick_shape(scan))
+            result = read_segmentation(masks[name], classes, scan=scan, model=made_by)
         else:
             result = segment_scan(network, scan, modality=modality and modality.value, progress=progress)
-            result.save(masks[name])
-        table.add(name, result.millilitres.values())
+            result.save(masks[name], model=made_by)
+        table.add(name, scan, result.millilitres.values())
 
     _conclude(output, len(left), _each_scan(left, label), already=len(named) - len(left))
 
@@ -235,18 +238,19 @@ def classify(
 
     Example: `medmim classify scans/ -m local-dir:adrenal -o classes.csv`
     """
-    _require_suffix(output, ".csv")
+    _check_output(output, ".csv")
     from medmim.classification import classified_classes
     from medmim.classification import classify as classify_scan
     from medmim.cohort import ScanTable, name_scans
+    from medmim.identity import identity
 
     named = name_scans(scans)
     network = _load(model)
-    table = ScanTable(output, classified_classes(network))
-    left = {name: scan for name, scan in named.items() if name not in table}
+    table = ScanTable(output, classified_classes(network), model=identity(network))
+    left = table.without_row(named)
 
     def add_row(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
-        table.add(name, classify_scan(network, scan, modality=modality and modality.value).values())
+        table.add(name, scan, classify_scan(network, scan, modality=modality and modality.value).values())
 
     _conclude(output, len(left), _each_scan(left, add_row), already=len(named) - len(left))
 
@@ -295,7 +299,7 @@ def reconstruct(
 
     Example: `medmim reconstruct chest.nii.gz -o chest.png --ratio 0.75`
     """
-    _require_suffix(output, ".png")
+    _check_output(output, ".png")
     import torch
 
     from medmim.factory import create_decoder
@@ -339,7 +343,7 @@ def export_command(
     Example: `medmim export vit_t_mae3d --to onnx -o vit_t.onnx`
     """
     if to in SUFFIXES:
-        _require_suffix(output, SUFFIXES[to])
+        _check_output(output, SUFFIXES[to])
     from medmim.export import export_model
     from medmim.factory import create_model
 
@@ -380,6 +384,7 @@ def demo(
     """
     from medmim.demo import run_demo
 
+    check_writable(output / "features.safetensors")
     with _progress("sample scans") as progress:
         result = run_demo(output, model=model, progress=progress)
     table = _table("scan", "picture", *result.scans[0].errors)
@@ -519,9 +524,11 @@ def _pairs(data: Mapping[str, object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in data.items())
 
 
-def _require_suffix(path: Path, suffix: str) -> None:
+def _check_output(path: Path, suffix: str) -> None:
+    """Refuses a file that has another suffix or cannot be written, before anything is computed for it."""
     if path.suffix.lower() != suffix:
         raise typer.BadParameter(f"{path} must end in {suffix}", param_hint="-o")
+    check_writable(path)
 
 
 @contextmanager

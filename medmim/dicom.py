@@ -30,6 +30,7 @@ MODALITIES = {"PT": "PET"}  # of DICOM, whose names for others are those used he
 SLICE_TOLERANCE = 0.1
 
 # Elements that are read; others are passed over.
+SERIES_UID = 0x0020000E
 SERIES = ("SeriesInstanceUID", "SeriesDescription", "Modality")
 PIXELS = (
     *("SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns"),
@@ -118,8 +119,9 @@ def _header(path: Path) -> Dataset:
 
 
 def _only_series(folder: Path) -> dict[Path, Dataset]:
-    series = _series(folder)
+    series, damaged = _series(folder)
     if not series:
+        _check_whole(damaged, None)
         raise ScanError(f"{folder}: holds no DICOM files; give a scan, or the folder that directly holds one series")
     # A localiser of one slice beside the series is passed over.
     volumes = {uid: files for uid, files in series.items() if sum(map(_count, files.values())) > 1} or series
@@ -129,26 +131,68 @@ def _only_series(folder: Path) -> dict[Path, Dataset]:
             f"{folder}: holds {len(volumes)} series, give one file of the one you want, or a folder with only that "
             f"series: {listed}"
         )
-    return next(iter(volumes.values()))
+    uid, files = next(iter(volumes.items()))
+    _check_whole(damaged, uid)
+    return files
 
 
-def _series(folder: Path) -> dict[str, dict[Path, Dataset]]:
-    """The images in a folder by the UID of their series: files and their headers.
+def _series(folder: Path) -> tuple[dict[str, dict[Path, Dataset]], dict[str, ScanError]]:
+    """The images in a folder by the UID of their series, files and their headers; and errors of damaged files.
 
-    Raises:
-        ScanError: For a DICOM file that is damaged: without it, the scan could be a slice short.
+    The UID of a damaged file is "" where it cannot be read.
     """
     series: dict[str, dict[Path, Dataset]] = {}
+    damaged: dict[str, ScanError] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith(".") and _is_dicom(path):
-            header = _header(path)
-            with _errors(path):
-                if "Rows" in header:
+            try:
+                header = _header(path)
+                if _is_image(header, path):
                     series.setdefault(_uid(header), {})[path] = header
-                elif "Image" in header.file_meta.MediaStorageSOPClassUID.name:
-                    raise ScanError(f"{path}: cannot be read as DICOM (it ends in its header); copy or export it again")
-                # Else it is a report, a structure, or a list of the other files.
-    return series
+            except ScanError as error:
+                damaged.setdefault(_uid_of_damaged(path), error)
+    return series, damaged
+
+
+def _is_image(header: Dataset, path: Path) -> bool:
+    """Whether a file is one, and no report, structure, or list of the other files.
+
+    Raises:
+        ScanError: When it says that it is, and ends before its size.
+    """
+    with _errors(path):
+        if "Rows" not in header and "Image" in header.file_meta.MediaStorageSOPClassUID.name:
+            raise ScanError(f"{path}: cannot be read as DICOM (it ends in its header); copy or export it again")
+    return "Rows" in header
+
+
+def _check_whole(damaged: dict[str, ScanError], uid: str | None) -> None:
+    """Refuses a series that a damaged file may be of: without it, the scan could be a slice short.
+
+    Args:
+        damaged: See `_series`.
+        uid: Of the series; None for any.
+
+    Raises:
+        ScanError: That of the damaged file.
+    """
+    for of_series, error in damaged.items():
+        if uid in (None, of_series):
+            raise error
+        if not of_series:
+            raise ScanError(f"{error}, or take it out of the folder if it is of another series")
+
+
+def _uid_of_damaged(path: Path) -> str:
+    """The UID of the series of a file that is broken somewhere behind it; "" where it cannot be read."""
+    from pydicom.filereader import read_partial
+
+    try:
+        with open(path, "rb") as file:
+            header = read_partial(file, stop_when=lambda tag, vr, length: tag > SERIES_UID)
+        return str(header.get("SeriesInstanceUID") or "")
+    except Exception:  # see `_errors`
+        return ""
 
 
 def _is_dicom(path: Path) -> bool:
@@ -161,7 +205,9 @@ def _is_dicom(path: Path) -> bool:
 def _series_of(path: Path) -> dict[Path, Dataset]:
     """The series that a file is part of."""
     header = _header(path)
-    return _series(path.parent).get(_uid(header), {path: header})
+    series, damaged = _series(path.parent)
+    _check_whole(damaged, _uid(header))
+    return series.get(_uid(header), {path: header})
 
 
 def _uid(header: Dataset) -> str:

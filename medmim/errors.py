@@ -40,5 +40,9 @@ class SpecError(MedmimError, ValueError):
     """A specification (catalog entry, config.json, recipe) that says something impossible."""
 
 
+class OutputError(MedmimError):
+    """A file that cannot be written where it is wanted; the message starts with its path."""
+
+
 class ScanError(MedmimError, ValueError):
     """A scan that cannot be read or used; the message starts with its path."""

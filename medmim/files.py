@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from medmim.errors import OutputError
 
 
 @contextmanager
@@ -32,6 +35,29 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(*paths: Path) -> None:
+    """Finds out before a long computation whether files can be written, which leaves nothing behind.
+
+    Args:
+        *paths: The files; folders above them may be missing, as `atomic_write` makes those.
+
+    Raises:
+        OutputError: For the first one that cannot.
+    """
+    folders = set()  # that were tried
+    for path in paths:
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a folder has that name")
+            folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+            if folder not in folders:
+                # No look at the permissions, which do not know of disks that are read-only.
+                tempfile.TemporaryFile(dir=folder).close()
+                folders.add(folder)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another output") from None
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -6,6 +6,8 @@ below what harms a machine, and is applied in one place, before memory or time i
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import threading
@@ -28,6 +30,8 @@ PARAMETERS = 5_000_000_000  # 20 GB in float32
 BUFFERS = 300_000_000  # numbers that no file stores, such as fixed positions
 
 VOXELS = 1_000_000_000  # of a scan: 4 GB in float32; a body of 2 m at 1 mm has half of it
+UTF8 = "utf-8-sig"  # spreadsheets put a mark at the start of a file, which is no part of its text
+
 DEFLATION = 1032  # zlib makes a file at most so many times smaller
 
 
@@ -46,9 +50,23 @@ def read_text(path: Path, limit: int, *, error: type[MedmimError] = SpecError) -
         MedmimError: For a file that is larger, cannot be read, or is no text.
     """
     try:
-        return _read(path, limit, error).decode("utf-8")
+        return _read(path, limit, error).decode(UTF8)
     except UnicodeDecodeError:
         raise error(f"{path}: not readable as text in UTF-8") from None
+
+
+def read_csv(path: Path, limit: int = LIST_BYTES) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns of a CSV file, and its rows by column; a cell that is missing at the end of a row is empty.
+
+    Raises:
+        SpecError: See `read_text`.
+    """
+    try:
+        text = _read(path, limit, SpecError).decode(UTF8)
+        reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
+        return list(reader.fieldnames or ()), list(reader)
+    except (UnicodeDecodeError, csv.Error) as failure:
+        raise SpecError(f"{path}: not readable as CSV in UTF-8 ({failure}); save it as that") from None
 
 
 def read_json(path: Path, limit: int, *, error: type[MedmimError] = SpecError) -> Any:

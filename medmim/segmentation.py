@@ -21,13 +21,21 @@ from medmim.errors import ScanError, SpecError
 from medmim.files import atomic_write
 from medmim.heads.segmenter import Segmenter
 from medmim.inference import evaluating
+from medmim.scans import AFFINE_TOLERANCE
 from medmim.transforms import create_transform
-from medmim.volumes import load_volume, times
+from medmim.volumes import load_volume, nifti_header, times
 from medmim.windows import cover, covering_grid, crop_window, to_voxels
 
 if TYPE_CHECKING:
     from medmim.scans import Scan
     from medmim.spec import VolumeSpec
+
+GEOMETRY = (  # of a NIfTI header, beside the size of the voxels
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
+)
+
+DESCRIPTION = 80  # bytes that the header has
 
 BAND_BYTES = 1_000_000_000  # of scores kept at a time
 
@@ -40,11 +48,13 @@ class Segmentation:
         labels: (D, H, W) uint8, or int16 for more than 256 classes, in the scan's own voxels.
         affine: (4, 4), the scan's.
         classes: Names, by label; the first is the background.
+        scan: The file that the scan came from, if any.
     """
 
     labels: np.ndarray
     affine: np.ndarray
     classes: tuple[str, ...]
+    scan: Path | None = None
 
     @property
     def millilitres(self) -> dict[str, float]:
@@ -53,31 +63,50 @@ class Segmentation:
         voxel = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
         return {name: int(count) * voxel for name, count in zip(self.classes[1:], counts[1:], strict=False)}
 
-    def save(self, path: str | Path) -> None:
-        """Writes the labels as NIfTI, with the geometry in both of its forms, since programs differ in which they read.
+    def save(self, path: str | Path, *, model: str | None = None) -> None:
+        """Writes the labels as NIfTI.
+
+        NIfTI has two forms of the geometry, and programs differ in which they read. Of a scan in NIfTI both are taken
+        over as they are, also where they differ; for any other scan both say the same.
+
+        Args:
+            path: The file to write.
+            model: What made the labels, see `medmim.identity`; it is written into the header.
 
         Raises:
             OSError: When it cannot be written; nothing is there then.
         """
         image = nib.Nifti1Image(self.labels, self.affine)
-        image.set_sform(self.affine, code="scanner")
-        image.set_qform(self.affine, code="scanner")  # without the shear of a tilted gantry, which it cannot express
+        theirs = nifti_header(self.scan) if self.scan is not None else None
+        if theirs is not None and np.allclose(theirs.get_best_affine(), self.affine):
+            header = nib.Nifti1Header()
+            header.set_data_dtype(self.labels.dtype)
+            for field in GEOMETRY:
+                header[field] = theirs[field]
+            header["pixdim"][:4] = theirs["pixdim"][:4]
+            image = nib.Nifti1Image(self.labels, None, header)
+        else:
+            image.set_sform(self.affine, code="scanner")
+            image.set_qform(self.affine, code="scanner")  # without the shear of a tilted gantry: it cannot express that
+        image.header["descrip"] = _description(model)
         with atomic_write(path) as temporary:
             image.to_filename(temporary)
 
 
 def read_segmentation(
-    path: str | Path, classes: tuple[str, ...], *, shape: tuple[int, ...] | None = None
+    path: str | Path, classes: tuple[str, ...], *, scan: Path | None = None, model: str | None = None
 ) -> Segmentation:
     """What `Segmentation.save` wrote.
 
     Args:
         path: The file.
         classes: Names, by label.
-        shape: (D, H, W) of the scan, where it is known.
+        scan: The scan that it must be of, as far as that is quick to see.
+        model: What must have made it, see `Segmentation.save`.
 
     Raises:
-        ScanError: For a file that cannot be read, has other labels than there are classes, or has another shape.
+        ScanError: For a file that cannot be read, has other labels than there are classes, does not lie on the scan, or
+            is not of the model.
     """
     cure = "delete it, and segment the scan again"
     try:
@@ -85,13 +114,25 @@ def read_segmentation(
     except ScanError as error:
         raise ScanError(f"{error}, or {cure}") from None
     labels = volume.array[0]
-    if shape is not None and labels.shape != tuple(shape):
-        raise ScanError(f"{path}: has {times(labels.shape)} voxels, and the scan {times(shape)}; {cure}")
+    theirs = nifti_header(scan) if scan is not None else None
+    if theirs is not None and labels.shape != theirs.get_data_shape()[:3]:
+        raise ScanError(
+            f"{path}: has {times(labels.shape)} voxels, and the scan {times(theirs.get_data_shape()[:3])}; {cure}"
+        )
+    if theirs is not None and not np.allclose(volume.affine, theirs.get_best_affine(), atol=AFFINE_TOLERANCE):
+        raise ScanError(f"{path}: lies elsewhere than the scan; {cure}")
     if labels.min() < 0 or labels.max() >= len(classes) or (labels.dtype.kind == "f" and (labels % 1).any()):
         raise ScanError(f"{path}: its values are not the labels 0 to {len(classes) - 1} of a mask; {cure}")
+    if model is not None and nifti_header(Path(path))["descrip"].item() != _description(model):
+        raise ScanError(f"{path}: does not say that it is of {model}; choose another output, or {cure}")
     if labels.dtype.kind != "u":  # other programs save labels as floats too
         labels = labels.astype(np.int16)
-    return Segmentation(labels, volume.affine, classes)
+    return Segmentation(labels, volume.affine, classes, scan)
+
+
+def _description(model: str | None) -> bytes:
+    """What the field of a NIfTI header for that says of a mask; of a long name the end, which has the digest."""
+    return f"medmim {model or ''}".strip().encode("ascii", "replace")[-DESCRIPTION:]
 
 
 def segment(
@@ -124,10 +165,10 @@ def segment(
     transform = create_transform(model, modality=modality, fit="pad", volume=volume)
     x = transform(scan)
     labels = predict_labels(model, x.as_tensor(), overlap=overlap, batch_size=batch_size, progress=progress)
-    labels = MetaTensor(labels[None], meta=x.meta)  # x.meta has the affine too
+    labels, path = MetaTensor(labels[None], meta=x.meta), x.meta["filename_or_obj"]  # x.meta has the affine too
     del x  # the largest array here
     own = transform.inverse(labels, labels=True)
-    return Segmentation(own[0].numpy(), own.affine.numpy(), classes)
+    return Segmentation(own[0].numpy(), own.affine.numpy(), classes, Path(path))
 
 
 def segmented_classes(model: Segmenter) -> tuple[str, ...]:

@@ -119,15 +119,15 @@ def load_volume(path: str | Path) -> Volume:
     return Volume(array[None], affine, path, modality)
 
 
-def quick_shape(path: Path) -> tuple[int, int, int] | None:
-    """Voxels along (D, H, W) as the header of a NIfTI file says; None where that is not quick to know."""
+def nifti_header(path: Path) -> nib.Nifti1Header | None:
+    """The header of a NIfTI file, without a look at its voxels; None for another file, or one that is broken."""
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
 
     if not path.name.lower().endswith(NIFTI_SUFFIXES):
         return None
     try:
-        return _nifti_class(path).from_filename(path).shape[:3]
+        return _nifti_class(path).from_filename(path).header
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError):
         return None
 

@@ -222,9 +222,9 @@ def test_embed_reports_a_broken_scan_and_goes_on(call, model, tmp_path):
         assert file.get_tensor("last/pooled").shape == (24,)
         assert file.get_tensor("b/scan/features").shape == (24, 4, 6, 8)
         assert np.isfinite(file.get_tensor("scan/features")).all()
-    code, out, err = call("embed", first, same_name, "-o", output, "-m", model)
-    assert (code, out) == (1, "")
-    assert err == f"medmim: error: {first} and {same_name}: both would be called scan; take them in separate runs\n"
+    assert call("embed", first, same_name, "-o", output, "-m", model)[0] == 0
+    with safe_open(output, "np") as file:
+        assert {file.metadata()[f"{name}/scan"] for name in ("scans/scan", "b/scan")} == {str(first), str(same_name)}
     assert f"{first}: given twice; leave one out" in call("embed", first, first, "-o", output, "-m", model)[2]
 
 
@@ -421,11 +421,13 @@ def test_an_interrupt_leaves_nothing_behind(call, model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["reconstruct", "embed"])
 def test_an_output_that_cannot_be_written_is_one_line(call, model, tmp_path, command):
     scan = scan_file(tmp_path)
-    output = scan / {"reconstruct": "picture.png", "embed": "features.safetensors"}[command]
-    code, _, err = call(command, scan, "-o", output, "-m", model)
-    assert code == 1
-    assert err.startswith("medmim: error: ")
-    assert len(err.splitlines()) == 1
+    name = {"reconstruct": "picture.png", "embed": "features.safetensors"}[command]
+    (tmp_path / name).mkdir()
+    for output in (scan / name, tmp_path / name, Path("/proc") / name):
+        code, _, err = call(command, scan, "-o", output, "-m", "local-dir:nowhere")  # before the model is loaded
+        assert code == 1
+        assert re.fullmatch(rf"medmim: error: {output}: cannot be written \(.*\); choose another output\n", err)
+    assert names(tmp_path) == sorted([name, scan.name])
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------

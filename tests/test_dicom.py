@@ -158,6 +158,31 @@ def test_dicom_takes_no_memory_that_a_file_claims(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
+def series_and_damage(folder: Path, cut_at: bytes) -> tuple[Path, Path, Path]:
+    """A folder, a file of the whole series in it, and one of another series, cut before an element."""
+    series = write_dicom(folder / "series", voxels(), rotated_affine())
+    whole = next(series.iterdir())
+    write_dicom(series, voxels()[:, :, :1], rotated_affine(), uid="1.2.9")
+    other = next(series.glob("1.2.9-*"))
+    other.write_bytes(other.read_bytes()[: other.read_bytes().index(cut_at)])
+    return series, whole, other
+
+
+def test_dicom_damage_of_another_series_is_passed_over(tmp_path):
+    series, whole, other = series_and_damage(tmp_path, cut_at=b"\x28\x00\x10\x00")  # Rows
+    for path in (series, whole):
+        np.testing.assert_array_equal(load_volume(path).array, voxels()[None])
+    with pytest.raises(ScanError, match="cannot be read as DICOM"):
+        load_volume(other)
+
+
+def test_dicom_damage_that_may_be_of_the_series_is_refused(tmp_path):
+    series, whole, other = series_and_damage(tmp_path, cut_at=b"\x20\x00\x0e\x00")  # SeriesInstanceUID
+    for path in (series, whole):
+        with pytest.raises(ScanError, match=rf"{other.name}: .*, or take it out of the folder if it is of another"):
+            load_volume(path)
+
+
 def deflated(folder):
     return EXAMPLES / "image_dfl.dcm"
 

@@ -22,7 +22,7 @@ from medmim.checkpoints import read_tensors
 from medmim.command import Terminal
 from medmim.convert.dynamic_network_architectures import from_unet_decoder
 from medmim.errors import LONGEST, MedmimError, ScanError, SpecError, WeightsError
-from medmim.limits import limited_construction
+from medmim.limits import limited_construction, read_text
 from medmim.spec import FileSpec, VolumeSpec, WeightsSpec, Window
 from medmim.transforms import to_grid
 from medmim.volumes import Volume, load_volume
@@ -362,6 +362,24 @@ def test_a_data_list_that_is_none_is_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SpecError, match=message):
         find_sources(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'file,group\r\n"scän.nii.gz",g\r\n'),
+        ("a.json", '{"training": ["scän.nii.gz"]}'),
+        ("dataset.json", '{"training": ["scän.nii.gz"]}'),
+    ],
+)
+def test_a_data_list_saved_by_a_spreadsheet_is_read(name, content, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig", newline="")
+    assert [source.name for source in find_sources(tmp_path / name)] == ["scän.nii.gz"]
+
+
+def test_a_text_has_no_mark_of_a_spreadsheet(tmp_path):
+    (tmp_path / "a.yaml").write_text("name: x", encoding="utf-8-sig")
+    assert read_text(tmp_path / "a.yaml", 100) == "name: x"
 
 
 @pytest.mark.parametrize("line", ['{"step": "a"}', "{}", "{x}", '{"step": 1, "loss": []}'])

@@ -184,6 +184,44 @@ def test_the_mask_lies_on_the_scan(tmp_path, axcodes, spacing, turn, network_spa
     assert result.millilitres["core"] == pytest.approx(4 / 3 * np.pi * 13 * 17 * 15 / 1000, rel=0.05)
 
 
+A, B = grid_of("PIR", (2.0, 2.5, 3.0), 0.2)[1], grid_of("PIR", (2.0, 2.5, 3.0), -0.1)[1]
+SHEARED = A @ np.array([[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("sform", "qform", "codes"),
+    [
+        (A, A, (1, 1)),
+        (A, B, (2, 1)),
+        (A, B, (1, 2)),
+        (A, B, (0, 1)),
+        (A, B, (1, 0)),
+        (A, B, (0, 0)),
+        (SHEARED, A, (1, 1)),
+    ],
+)
+@pytest.mark.parametrize("frames", [(), (1,)])
+def test_the_mask_has_both_forms_of_the_geometry_of_a_nifti_scan(tmp_path, sform, qform, codes, frames):
+    """ITK reads the qform where nibabel reads the sform, so one of them for both would misplace the mask in ITK."""
+    array = grid_of("PIR", (2.0, 2.5, 3.0))[0]
+    image = nib.Nifti1Image(array.reshape(*array.shape, *frames), None)
+    image.set_sform(sform, codes[0])
+    image.set_qform(qform, codes[1])
+    image.to_filename(tmp_path / "scan.nii.gz")
+    segment(Thresholds(), tmp_path / "scan.nii.gz", volume=VOLUME).save(tmp_path / "mask.nii.gz")
+    scan, mask = nib.load(tmp_path / "scan.nii.gz"), nib.load(tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), array // 500)
+    np.testing.assert_array_equal(mask.affine, scan.affine)
+    for form in ("get_sform", "get_qform"):
+        (mine, my_code), (theirs, their_code) = (getattr(each, form)(coded=True) for each in (mask, scan))
+        assert my_code == their_code
+        np.testing.assert_array_equal(mine, theirs)
+    scan, mask = sitk.ReadImage(str(tmp_path / "scan.nii.gz")), sitk.ReadImage(str(tmp_path / "mask.nii.gz"))
+    assert scan.GetDimension() == 3
+    for part in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        np.testing.assert_allclose(getattr(mask, part)(), getattr(scan, part)(), rtol=1e-6)
+
+
 def test_a_volume_in_memory_is_segmented_too():
     array, affine = grid_of("RAS", (2.0, 2.0, 2.0))
     labels = segment(Thresholds(), Volume(array[None], affine)).labels
@@ -261,13 +299,15 @@ def test_segment_a_folder_then_again(call, segmenter, scans):
         "volumes.csv",
     ]
     header, *body = rows(output / "volumes.csv")
-    assert header == ["scan", "rim (ml)", "core (ml)"]
+    assert header == ["scan", "rim (ml)", "core (ml)", "file", "model"]
+    assert [row[3] for row in body] == [str(scans / "a.nii.gz"), str(scans / "inner" / "a.nii")]
+    assert re.fullmatch(r"vit_t_mae3d sha256:[0-9a-f]{16}", body[0][4])
     assert [row[0] for row in body] == ["a", "inner/a"]
     written, scan = nib.load(output / "inner" / "a.nii.gz"), nib.load(scans / "inner" / "a.nii")
     np.testing.assert_allclose(written.affine, scan.affine)
     assert written.shape == scan.shape
     counts = np.bincount(np.asarray(written.dataobj).ravel(), minlength=3)
-    assert [float(v) for v in body[1][1:]] == pytest.approx(counts[1:] * 6 / 1000, rel=1e-4)
+    assert [float(v) for v in body[1][1:3]] == pytest.approx(counts[1:] * 6 / 1000, rel=1e-4)
 
     (scans / "broken.nrrd").unlink()
     before = (output / "a.nii.gz").stat().st_mtime_ns, (output / "volumes.csv").read_text()
@@ -350,8 +390,8 @@ def test_classify_files_then_again(call, classifier, scans, tmp_path):
     assert (code, out) == (1, f"{output}: 1 of 2 scans\n")
     assert len(err.splitlines()) == 1
     before = rows(output)
-    assert before[0] == ["scan", "benign", "malignant"]
-    assert sum(map(float, before[1][1:])) == pytest.approx(1, abs=1e-5)
+    assert before[0] == ["scan", "benign", "malignant", "file", "model"]
+    assert sum(map(float, before[1][1:3])) == pytest.approx(1, abs=1e-5)
     (scans / "broken.nrrd").unlink()
     code, out, _ = call("classify", scans, "-m", classifier, "-o", output)
     assert (code, out) == (0, f"{output}: 1 of 1 scans, 1 were there already\n")
@@ -369,12 +409,75 @@ def test_what_cannot_go_on_is_one_line(call, segmenter, classifier, scans, tmp_p
     table.write_text("scan,other\n")
     assert "as of another model" in error("classify", scans, "-m", classifier, "-o", table)
     assert table.read_text() == "scan,other\n"
-    both = scans / "a.nii.gz", scans / "inner" / "a.nii"
-    assert "both would be called a" in error("segment", *both, "-m", segmenter, "-o", tmp_path / "masks")
     assert "does not segment" in error("segment", scans, "-m", classifier, "-o", tmp_path / "masks")
     assert "does not classify" in error("classify", scans, "-m", segmenter, "-o", tmp_path / "new.csv")
     assert "no such folder" in error("segment", scans, "-m", "local-dir:nowhere", "-o", tmp_path / "masks")
     assert not (tmp_path / "masks").exists()
+
+
+def other_model(folder) -> str:
+    """A segmenter of the same name and classes as the fixture's, with other weights."""
+    torch.manual_seed(1)
+    model = medmim.create_segmenter("vit_t_mae3d", "light", classes=CLASSES, decoder_args=THIN["light"], **TINY["vit"])
+    medmim.name_classes(model, CLASSES, volume=VOLUME)
+    medmim.save_pretrained(model, folder)
+    return f"local-dir:{folder}"
+
+
+def test_segment_takes_nothing_of_another_model_for_done(call, segmenter, scans, tmp_path):
+    scan, output, other = scans / "a.nii.gz", tmp_path / "masks", other_model(tmp_path / "other")
+    assert call("segment", scan, "-m", segmenter, "-o", output)[0] == 0
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    for added in (scan, scans / "inner"):  # neither the same scan nor another one
+        code, out, err = call("segment", added, "-m", other, "-o", output)
+        assert (code, out, len(err.splitlines())) == (1, "", 1)
+        assert re.search(
+            r"volumes\.csv: has rows of another model, (\S+ sha256:\w{16}), and this is (?!\1)\S+ sha256:\w{16}; "
+            "choose another output, or delete what is there",
+            err,
+        )
+        assert before == {path: path.read_bytes() for path in output.iterdir()}
+    (output / "volumes.csv").unlink()  # the mask says of which model it is
+    code, out, err = call("segment", scan, "-m", other, "-o", output)
+    assert (code, out) == (1, f"{output}: 0 of 1 scans\n")
+    assert re.search(r"a\.nii\.gz: does not say that it is of vit_t_mae3d sha256:\w{16}; choose another output", err)
+    assert call("segment", scan, "-m", segmenter, "-o", output)[0] == 0
+    assert before == {path: path.read_bytes() for path in output.iterdir()}
+
+
+def test_classify_takes_no_row_of_another_model_for_done(call, classifier, scans, tmp_path):
+    output = tmp_path / "classes.csv"
+    assert call("classify", scans / "a.nii.gz", "-m", classifier, "-o", output)[0] == 0
+    before = output.read_bytes()
+    torch.manual_seed(1)
+    model = tiny_model(num_classes=2)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    medmim.name_classes(model, ("benign", "malignant"), volume=VOLUME)
+    medmim.save_pretrained(model, tmp_path / "other")
+    code, out, err = call("classify", scans / "a.nii.gz", "-m", f"local-dir:{tmp_path / 'other'}", "-o", output)
+    assert (code, out) == (1, "")
+    assert "classes.csv: has rows of another model" in err
+    output.write_bytes(b"\xef\xbb\xbf" + before)  # saved again by a spreadsheet
+    code, out, _ = call("classify", scans / "a.nii.gz", "-m", classifier, "-o", output)
+    assert (code, out) == (0, f"{output}: 0 of 0 scans, 1 were there already\n")
+
+
+def test_scans_of_one_name_are_never_taken_for_each_other(call, segmenter, tmp_path):
+    for site, shape in (("siteA", (20, 30, 20)), ("siteB", (20, 20, 30))):
+        (tmp_path / site).mkdir()
+        write_scan(tmp_path / site / "CT.nii.gz", shape)
+    scans, output = [tmp_path / site / "CT.nii.gz" for site in ("siteA", "siteB")], tmp_path / "masks"
+    for expected in (f"{output}: 2 of 2 scans\n", f"{output}: 0 of 0 scans, 2 were there already\n"):
+        assert call("segment", *scans, "-m", segmenter, "-o", output)[:2] == (0, expected)
+        assert [row[0] for row in rows(output / "volumes.csv")[1:]] == ["siteA/CT", "siteB/CT"]
+    shapes = [nib.load(output / site / "CT.nii.gz").shape for site in ("siteA", "siteB")]
+    assert shapes == [(20, 30, 20), (20, 20, 30)]
+
+    output = tmp_path / "one by one"
+    assert call("segment", scans[0], "-m", segmenter, "-o", output)[0] == 0
+    code, out, err = call("segment", scans[1], "-m", segmenter, "-o", output)
+    assert (code, out) == (1, "")
+    assert f"its row CT is of another scan, {scans[0]}, and not of {scans[1]}; choose another output" in err
 
 
 @pytest.mark.parametrize(("num_classes", "band_bytes"), [(3, 10**6), (3, 10**5), (40, 10**6)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from medmim.cards import PICTURE_FILE, card_scan, render_card
 from medmim.errors import SpecError, WeightsError
 from medmim.factory import create_decoder, from_pretrained, resolve
 from medmim.files import atomic_write, write_csv, write_text
-from medmim.limits import CONFIG_BYTES, LIST_BYTES, read_json, read_text
+from medmim.limits import CONFIG_BYTES, read_csv, read_json
 from medmim.pictures import reconstruction_picture
 from medmim.publish import catalog_entry, save_with_golden
 from medmim.reconstruction import reconstruct_scan
@@ -124,7 +123,7 @@ def _data_list_of(name: str | None) -> list[list[str]]:
         return []
     _, place = resolve(name, None, hub.HubAccess(), needs_weights=True)
     path = place.find(DATA_FILE)
-    return [] if path is None else list(csv.reader(read_text(path, LIST_BYTES).splitlines()))[1:]
+    return [] if path is None else [list(row.values()) for row in read_csv(path)[1]]
 
 
 def _write_data_list(path: Path, store: Store, before: list[list[str]]) -> None:

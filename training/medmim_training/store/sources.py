@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from medmim.errors import SpecError
-from medmim.limits import LIST_BYTES, read_json, read_text
+from medmim.limits import LIST_BYTES, read_csv, read_json
 from medmim.volumes import find_scans
 
 PATH_COLUMNS = ("file", "image", "path")
@@ -49,7 +48,7 @@ def find_sources(source: str | Path, where: list[str] | tuple[str, ...] = ()) ->
             raise SpecError(f"{source}: a folder has no columns to filter by; drop --where or give a data list")
         found = _search(source)
     elif source.is_file() and source.suffix == ".csv":
-        found = _from_rows(source, *_read_csv(source), where)
+        found = _from_rows(source, *read_csv(source), where)
     elif source.is_file() and source.suffix == ".json":
         found = _from_rows(source, *_read_json(source), where)
     else:
@@ -61,15 +60,6 @@ def find_sources(source: str | Path, where: list[str] | tuple[str, ...] = ()) ->
 
 def _search(folder: Path) -> list[Source]:
     return [Source(path, str(path.relative_to(folder))) for path in find_scans(folder)]
-
-
-def _read_csv(source: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names and rows."""
-    reader = csv.DictReader(read_text(source, LIST_BYTES).splitlines(keepends=True))
-    try:
-        return list(reader.fieldnames or []), list(reader)
-    except csv.Error as error:
-        raise SpecError(f"{source}: line {reader.line_num}: not readable as CSV ({error})") from None
 
 
 def _read_json(source: Path) -> tuple[list[str], list[dict[str, str]]]:

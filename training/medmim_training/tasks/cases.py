@@ -6,8 +6,6 @@ never trained on nor validated with.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from medmim.errors import ScanError, SpecError
 from medmim.layers.tokens import Size
+from medmim.limits import LIST_BYTES, read_csv, read_json
 from medmim.transforms import VolumeTransform, labels_on_grid
 from medmim.volumes import NIFTI_SUFFIXES, Volume, find_scans, load_volume
 
@@ -189,9 +188,7 @@ def find_classes(data: str | Path, given: Sequence[str]) -> tuple[str, ...]:
             raise SpecError(f"{data}: nothing names the classes; give classes=[background,NAME,...] in the recipe")
         return tuple(given)
     try:
-        names = {
-            int(label): str(name) for label, name in json.loads(path.read_text(encoding="utf-8"))["labels"].items()
-        }
+        names = {int(label): str(name) for label, name in read_json(path, LIST_BYTES)["labels"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SpecError(f'{path}: no "labels" that map 0, 1, ... to names; give classes= in the recipe') from None
     if sorted(names) != list(range(len(names))):
@@ -233,16 +230,10 @@ def read_rows(path: Path, *, needed: Sequence[str]) -> list[dict[str, str]]:
     """
     if not path.is_file():
         raise SpecError(f"{path}: no such file")
-    try:
-        # Spreadsheets put a mark at the start of a file in UTF-8.
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
-            missing = set(needed) - set(reader.fieldnames or ())
-            if missing:
-                raise SpecError(f"{path}: needs the column {', '.join(sorted(missing))}")
-            rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise SpecError(f"{path}: not readable as CSV in UTF-8 ({error}); save it as that") from None
+    columns, rows = read_csv(path)
+    missing = set(needed) - set(columns)
+    if missing:
+        raise SpecError(f"{path}: needs the column {', '.join(sorted(missing))}")
     for number, row in enumerate(rows, start=1):
         empty = next((column for column in needed if not row[column].strip()), None)
         if empty:

@@ -22,6 +22,7 @@ from medmim.errors import SpecError
 from medmim.factory import create_model
 from medmim.files import atomic_write, write_csv, write_text
 from medmim.heads.segmenter import Segmenter
+from medmim.identity import weights_digest
 from medmim.inference import evaluating
 from medmim.registry import is_model, model_info
 from medmim.spec import VolumeSpec
@@ -195,10 +196,7 @@ def _preprocessing(encoder: nn.Module, recipe: ProbeRecipe) -> VolumeSpec:
 
 def _fingerprint(encoder: nn.Module, settings: list) -> bytes:
     """What the features of all cases depend on, in short: preprocessing and weights."""
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, tensor in encoder.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.digest()
+    return hashlib.sha256(json.dumps([*settings, weights_digest(encoder)]).encode()).digest()
 
 
 def _key(fingerprint: bytes, cases: Sequence[Case]) -> str:

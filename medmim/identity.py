@@ -1,0 +1,28 @@
+"""Which model it is, to tell what one computed from what another did."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+SHOWN = 16  # hexadecimal digits of a digest that people see
+
+
+def weights_digest(model: nn.Module) -> str:
+    """The sha256 of all parameters and buffers that a file would store, with their names, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def identity(model: nn.Module) -> str:
+    """A model's name and the start of the digest of its weights: "vit_t_mae3d.open_mix sha256:0123456789abcdef".
+
+    Names alone would not do: what was fine-tuned from one encoder has one name, whatever the data were.
+    """
+    name = model.spec.name if getattr(model, "spec", None) is not None else type(model).__name__
+    return f"{name} sha256:{weights_digest(model)[:SHOWN]}"
