@@ -43,9 +43,23 @@ CHANGEABLE = ("img_size", "patch_size", "num_classes", "global_pool")
 
 POOL = "attn_pool."  # what the keys of a pool that is trained with the classifier start with
 
-# Arguments of timm's `create_model` that have another form here.
-OF_TIMM = {
-    "features_only": "forward_intermediates(x) of any model gives its feature maps, feature_info says what they are"
+FEATURE_MAPS = "forward_intermediates(x) of any model gives its feature maps, feature_info says what they are"
+INPUT_SIZE = "give img_size=, or call set_input_size of the model; medmim.embed takes scans of any size"
+RECORD = (
+    "weights are chosen by their tag; model.spec says what they are, create_transform(model) prepares scans for them"
+)
+
+# Arguments of timm's and MONAI's models that have another form here.
+ELSEWHERE = {
+    "features_only": FEATURE_MAPS,
+    "out_indices": FEATURE_MAPS,
+    "dynamic_img_size": INPUT_SIZE,
+    "dynamic_img_pad": INPUT_SIZE,
+    "pretrained_cfg": RECORD,
+    "pretrained_cfg_overlay": RECORD,
+    "in_channels": "give in_chans=",
+    "out_channels": "give num_classes=; medmim.create_segmenter gives each voxel its classes",
+    "spatial_dims": "leave it out, volumes have three",
 }
 
 # What a record of weights says about published files, and so is not true of files that are saved anew.
@@ -408,8 +422,8 @@ def _check_keywords(cls: Callable[..., nn.Module], given: Mapping[str, Any], nam
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
         return
     for key in given:
-        if key not in accepted and key in OF_TIMM:
-            raise UnknownModelError(f"{name}: there is no argument {key!r}; {OF_TIMM[key]}")
+        if key not in accepted and key in ELSEWHERE:
+            raise UnknownModelError(f"{name}: there is no argument {key!r}; {ELSEWHERE[key]}")
         if key not in accepted:
             raise UnknownModelError(
                 f"{name}: there is no argument {key!r}; {registry.nearest(key, accepted)}"

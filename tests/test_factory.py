@@ -241,9 +241,21 @@ def test_one_number_is_a_cube(pretrained, tiny_weights):
     assert medmim.create_model("tiny", pretrained, img_size=[32, 32, 48]).img_size == (32, 32, 48)
 
 
-def test_feature_maps_of_timm_have_another_name_here():
-    with pytest.raises(UnknownModelError, match=r"no argument 'features_only'; forward_intermediates\(x\)"):
-        medmim.create_model("vit_t_mae3d", features_only=True)
+@pytest.mark.parametrize(
+    ("argument", "value", "way_out"),
+    [
+        ("features_only", True, "forward_intermediates(x)"),
+        ("out_indices", (2,), "forward_intermediates(x)"),
+        ("dynamic_img_size", True, "give img_size=, or call set_input_size"),
+        ("pretrained_cfg", None, "weights are chosen by their tag"),
+        ("in_channels", 2, "give in_chans="),
+        ("out_channels", 2, "give num_classes="),
+        ("spatial_dims", 3, "leave it out"),
+    ],
+)
+def test_arguments_of_timm_and_monai_have_another_name_here(argument, value, way_out):
+    with pytest.raises(UnknownModelError, match=re.escape(f"no argument '{argument}'; {way_out}")):
+        medmim.create_model("vit_t_mae3d", **{argument: value})
 
 
 def test_a_path_that_is_neither_folder_nor_repository(tmp_path):

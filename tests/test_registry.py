@@ -70,6 +70,7 @@ def test_every_public_name_is_there_and_known_to_editors():
     assert seen == {name: f"medmim.{module}" for name, module in medmim._MODULE_OF.items()}
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = medmim.no_such_name
+    assert (Path(medmim.__file__).parent / "py.typed").is_file()  # without it type checkers take all of it for Any
 
 
 def test_the_version_is_that_of_the_distribution():

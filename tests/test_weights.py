@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,20 @@ from medmim.golden import GOLDEN_FILE, golden_outputs
 from medmim.hub import Folder, read_model
 from medmim_training.recipe import list_recipes
 
-CARDS = Path(__file__).parents[1] / "model_cards"
+ROOT = Path(__file__).parents[1]
+CARDS = ROOT / "model_cards"
 PACKAGED = sorted(path.name for path in hub.PACKAGED.iterdir() if path.is_dir())
 
 packaged = pytest.mark.parametrize("name", PACKAGED)
+
+
+@pytest.mark.parametrize(("target", "limit"), [("wheel", 25e6), ("sdist", 60e6)])
+def test_what_goes_to_a_package_index_leaves_large_weights_out(target, limit):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    excluded = project["tool"]["hatch"]["build"]["targets"][target]["exclude"]
+    shipped = [name for name in PACKAGED if not any(fnmatch(f"medmim/weights/{name}", pattern) for pattern in excluded)]
+    assert shipped
+    assert sum(path.stat().st_size for name in shipped for path in (hub.PACKAGED / name).rglob("*")) < limit
 
 
 def test_the_catalog_and_the_cards_name_the_same_weights():

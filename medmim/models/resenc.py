@@ -10,7 +10,8 @@ It gives what the `ResidualEncoder` of the package dynamic-network-architectures
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medmim.layers.adapt import adapt_in_chans
 from medmim.layers.convolution import ConvNorm, init_convolutional, leaky_relu_
-from medmim.layers.features import chosen_indices
+from medmim.layers.features import FeatureMaps
 from medmim.layers.sharing import Shareable
 from medmim.layers.tokens import Size, to_grid_size, to_size
 
@@ -46,7 +47,7 @@ class ResidualBlock(nn.Module):
         return leaky_relu_(branch)
 
 
-class ResidualEncoder3D(Shareable, nn.Module):
+class ResidualEncoder3D(FeatureMaps, Shareable, nn.Module):
     """A convolutional encoder for volumes (B, in_chans, D, H, W) of any proportions, with a feature pyramid.
 
     Args:
@@ -61,6 +62,8 @@ class ResidualEncoder3D(Shareable, nn.Module):
     Raises:
         ValueError: For stages that do not match, or an input that the strides do not divide or reduce to one voxel.
     """
+
+    maps_are = "stages"
 
     def __init__(
         self,
@@ -193,13 +196,6 @@ class ResidualEncoder3D(Shareable, nn.Module):
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def _check_input(self, x: Tensor) -> None:
-        if tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
-            raise ValueError(
-                f"input is (C, D, H, W) = {tuple(x.shape[1:])} but the model takes {(self.in_chans, *self.img_size)}; "
-                "set_input_size changes the size, in_chans= at creation the channels"
-            )
-
     def _embed(self, x: Tensor) -> Tensor:
         self._check_input(x)
         return leaky_relu_(self.stem(x))  # (B, C, D, H, W)
@@ -212,12 +208,22 @@ class ResidualEncoder3D(Shareable, nn.Module):
                 x = block(x)
         return x
 
+    def _steps(self) -> list[Callable[[Tensor], Tensor]]:
+        return [partial(self._run_stage, stage) for stage in self.stages]
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return x  # there is no final norm
+
+    def _as_output(self, x: Tensor, output_fmt: str, *, norm: bool) -> tuple[Tensor, Tensor]:
+        prefix = x.new_zeros(x.shape[0], 0, x.shape[1])
+        return x if output_fmt == "NCDHW" else x.flatten(2).transpose(1, 2), prefix  # (B, d*h*w, C)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Volumes (B, in_chans, D, H, W) to the last stage's map (B, C, d, h, w)."""
         x = self._embed(x)
-        for stage in self.stages:
-            x = self._run_stage(stage, x)
-        return x
+        for step in self._steps():
+            x = step(x)
+        return self._finish(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools a map (B, C, d, h, w) to (B, C) and, unless `pre_logits`, classifies it to (B, num_classes)."""
@@ -228,46 +234,6 @@ class ResidualEncoder3D(Shareable, nn.Module):
         """Volumes (B, in_chans, D, H, W) to class scores (B, num_classes), or to pooled features (B, C) without."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        *,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: Literal["NCDHW", "NLC"] = "NCDHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """The final map and the outputs of chosen stages, fine to coarse: the skips that a U-Net decoder takes.
-
-        Args:
-            x: Volumes (B, in_chans, D, H, W).
-            indices: Stages to return: the last n for an int, those listed (negative from the end), all for None.
-            return_prefix_tokens: Pairs each output with its prefix tokens, of which there are none: (B, 0, C).
-            norm: For the contract of encoders; there is no final norm to apply.
-            stop_early: Skips the stages after the last one asked for.
-            output_fmt: "NCDHW" for feature maps (B, C, d, h, w), "NLC" for their positions as tokens (B, d*h*w, C).
-            intermediates_only: Leaves the final map out.
-
-        Returns:
-            (map (B, C, d, h, w), outputs), or the outputs alone; outputs in the order of the stages. With `stop_early`
-            the map is that of the last stage that ran.
-        """
-        if output_fmt not in ("NCDHW", "NLC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCDHW' or 'NLC'")
-        wanted = chosen_indices(indices, len(self.stages), what="stages")
-        stages = self.stages[: max(wanted) + 1] if stop_early else self.stages
-        outputs = []
-        x = self._embed(x)
-        for i, stage in enumerate(stages):
-            x = self._run_stage(stage, x)
-            if i in wanted:
-                y = x if output_fmt == "NCDHW" else x.flatten(2).transpose(1, 2)  # (B, d*h*w, C)
-                prefix = x.new_zeros(x.shape[0], 0, x.shape[1])
-                outputs.append((y, prefix) if return_prefix_tokens else y)
-        return outputs if intermediates_only else (x, outputs)
-
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -275,7 +241,7 @@ class ResidualEncoder3D(Shareable, nn.Module):
 
         `patch_size`, `grid_size` and `num_features` become those of the last stage that stays.
         """
-        wanted = chosen_indices(indices, len(self.stages), what="stages")
+        wanted = self._chosen(indices)
         kept = max(wanted) + 1
         self.stages, self.channels, self.strides = self.stages[:kept], self.channels[:kept], self.strides[:kept]
         self.set_input_size()

@@ -22,7 +22,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medmim.layers.adapt import adapt_in_chans, resize_patch_kernel
-from medmim.layers.features import chosen_indices
+from medmim.layers.features import FeatureMaps
 from medmim.layers.patch import PatchEmbed
 from medmim.layers.position import resample_position
 from medmim.layers.sharing import Shareable
@@ -220,7 +221,7 @@ class PlainNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:])
 
 
-class SwinTransformer3D(Shareable, nn.Module):
+class SwinTransformer3D(FeatureMaps, Shareable, nn.Module):
     """A Swin encoder for volumes (B, in_chans, D, H, W) of any proportions, with a feature pyramid.
 
     Args:
@@ -242,6 +243,8 @@ class SwinTransformer3D(Shareable, nn.Module):
     Raises:
         ValueError: For sizes that do not divide, or stages that do not match.
     """
+
+    maps_are = "maps"
 
     def __init__(
         self,
@@ -401,20 +404,27 @@ class SwinTransformer3D(Shareable, nn.Module):
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def _embed(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
-            raise ValueError(
-                f"input is (C, D, H, W) = {tuple(x.shape[1:])} but the model takes {(self.in_chans, *self.img_size)}; "
-                "set_input_size changes the size, in_chans= at creation the channels"
-            )
+        self._check_input(x)
         return self.patch_embed(patchify(x, self.patch_size)).unflatten(1, self.grid_size)  # (B, Dg, Hg, Wg, C)
 
     def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         return stage(x, checkpointed=self.grad_checkpointing and torch.is_grad_enabled())
 
-    def _encode(self, x: Tensor) -> Tensor:
-        for stage in self.stages:
-            x = self._run_stage(stage, x)
+    def _steps(self) -> list[Callable[[Tensor], Tensor]]:
+        return [_unchanged, *(partial(self._run_stage, stage) for stage in self.stages)]
+
+    def _finish(self, x: Tensor) -> Tensor:
         return _channels_first(self.norm(x))
+
+    def _as_output(self, x: Tensor, output_fmt: str, *, norm: bool) -> tuple[Tensor, Tensor]:
+        x = self.norm(x) if norm else x
+        prefix = x.new_zeros(x.shape[0], 0, x.shape[-1])
+        return _channels_first(x) if output_fmt == "NCDHW" else x.flatten(1, 3), prefix
+
+    def _encode(self, x: Tensor) -> Tensor:
+        for step in self._steps():
+            x = step(x)
+        return self._finish(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Volumes (B, in_chans, D, H, W) to the last stage's normed map (B, C, Dg, Hg, Wg)."""
@@ -443,46 +453,6 @@ class SwinTransformer3D(Shareable, nn.Module):
         """Volumes (B, in_chans, D, H, W) to class scores (B, num_classes), or to pooled features (B, C) without."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        *,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: Literal["NCDHW", "NLC"] = "NCDHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """The final map, and chosen ones of the patch embedding and the stages, fine to coarse: a U-Net's skips.
-
-        Args:
-            x: Volumes (B, in_chans, D, H, W).
-            indices: Maps to return, 0 being the patch embedding's: the last n for an int, those listed (negative from
-                the end), all for None.
-            return_prefix_tokens: Pairs each output with its prefix tokens, of which there are none: (B, 0, C).
-            norm: Norms each output; the decoder of SwinUNETR takes them so.
-            stop_early: Skips the stages after the last one asked for.
-            output_fmt: "NCDHW" for maps (B, C, Dg, Hg, Wg), "NLC" for their positions as tokens (B, Dg*Hg*Wg, C).
-            intermediates_only: Leaves the final map out.
-
-        Returns:
-            (normed map (B, C, Dg, Hg, Wg), outputs), or the outputs alone; outputs in the order of the stages. With
-            `stop_early` the map is that of the last stage that ran.
-        """
-        if output_fmt not in ("NCDHW", "NLC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCDHW' or 'NLC'")
-        wanted = chosen_indices(indices, len(self.stages) + 1, what="maps")
-        outputs = []
-        for i in range(max(wanted) + 1 if stop_early else len(self.stages) + 1):
-            x = self._run_stage(self.stages[i - 1], x) if i else self._embed(x)
-            if i in wanted:
-                y = self.norm(x) if norm else x
-                prefix = y.new_zeros(y.shape[0], 0, y.shape[-1])
-                y = _channels_first(y) if output_fmt == "NCDHW" else y.flatten(1, 3)
-                outputs.append((y, prefix) if return_prefix_tokens else y)
-        return outputs if intermediates_only else (_channels_first(self.norm(x)), outputs)
-
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -490,13 +460,17 @@ class SwinTransformer3D(Shareable, nn.Module):
 
         `num_features` becomes that of the last map that stays.
         """
-        wanted = chosen_indices(indices, len(self.stages) + 1, what="maps")
+        wanted = self._chosen(indices)
         self.stages = self.stages[: max(wanted)]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0)
         return wanted
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x  # the first map is the patch embedding's own
 
 
 def _channels_first(x: Tensor) -> Tensor:

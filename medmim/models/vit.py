@@ -11,7 +11,7 @@ positions are fixed sine-cosine by default, the query, key and value projections
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medmim.layers.adapt import adapt_in_chans, resize_patch_kernel
-from medmim.layers.features import chosen_indices
+from medmim.layers.features import FeatureMaps
 from medmim.layers.patch import PatchEmbed
 from medmim.layers.position import resample_position, sincos_position
 from medmim.layers.sharing import Shareable
@@ -29,7 +29,7 @@ from medmim.layers.tokens import Size, gather_patches, gather_tokens, patchify, 
 from medmim.layers.transformer import Block, init_transformer
 
 
-class VisionTransformer3D(Shareable, nn.Module):
+class VisionTransformer3D(FeatureMaps, Shareable, nn.Module):
     """A ViT encoder for volumes (B, in_chans, D, H, W) of any proportions.
 
     Args:
@@ -53,6 +53,8 @@ class VisionTransformer3D(Shareable, nn.Module):
     Raises:
         ValueError: For sizes that do not divide, or "token" pooling without a class token.
     """
+
+    maps_are = "blocks"
 
     def __init__(
         self,
@@ -213,13 +215,6 @@ class VisionTransformer3D(Shareable, nn.Module):
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def _check_input(self, x: Tensor) -> None:
-        if tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
-            raise ValueError(
-                f"input is (C, D, H, W) = {tuple(x.shape[1:])} but the model takes {(self.in_chans, *self.img_size)}; "
-                "set_input_size changes the size, in_chans= at creation the channels"
-            )
-
     def _add_prefix(self, tokens: Tensor) -> Tensor:
         prefix = [t.expand(tokens.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         return torch.cat([*prefix, tokens], dim=1) if prefix else tokens  # (B, P + K, C)
@@ -233,10 +228,24 @@ class VisionTransformer3D(Shareable, nn.Module):
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
 
-    def _encode(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = self._run_block(block, x)
+    def _steps(self) -> list[Callable[[Tensor], Tensor]]:
+        return [partial(self._run_block, block) for block in self.blocks]
+
+    def _finish(self, x: Tensor) -> Tensor:
         return self.norm(x)
+
+    def _as_output(self, x: Tensor, output_fmt: str, *, norm: bool) -> tuple[Tensor, Tensor]:
+        x = self.norm(x) if norm else x
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        if output_fmt == "NCDHW":
+            d, h, w = self.grid_size
+            patches = rearrange(patches, "b (d h w) c -> b c d h w", d=d, h=h, w=w).contiguous()
+        return patches, prefix
+
+    def _encode(self, x: Tensor) -> Tensor:
+        for step in self._steps():
+            x = step(x)
+        return self._finish(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Volumes (B, in_chans, D, H, W) to normed tokens (B, P + N, C)."""
@@ -286,53 +295,11 @@ class VisionTransformer3D(Shareable, nn.Module):
         """Volumes (B, in_chans, D, H, W) to class scores (B, num_classes), or to pooled features (B, C) without."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        *,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: Literal["NCDHW", "NLC"] = "NCDHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """The final tokens and the outputs of chosen blocks.
-
-        Args:
-            x: Volumes (B, in_chans, D, H, W).
-            indices: Blocks to return: the last n for an int, those listed (negative from the end), all for None.
-            return_prefix_tokens: Pairs each output with its prefix tokens (B, P, C).
-            norm: Applies the final norm to each output.
-            stop_early: Skips the blocks after the last one asked for.
-            output_fmt: "NCDHW" for feature maps (B, C, Dg, Hg, Wg), "NLC" for tokens (B, N, C).
-            intermediates_only: Leaves the final tokens out.
-
-        Returns:
-            (tokens (B, P + N, C), outputs), or the outputs alone; outputs in the order of the blocks.
-        """
-        if output_fmt not in ("NCDHW", "NLC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCDHW' or 'NLC'")
-        wanted = chosen_indices(indices, len(self.blocks), what="blocks")
-        blocks = self.blocks[: max(wanted) + 1] if stop_early else self.blocks
-        outputs = []
-        x = self._embed(x)
-        for i, block in enumerate(blocks):
-            x = self._run_block(block, x)
-            if i in wanted:
-                y = self.norm(x) if norm else x
-                prefix, patches = y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :]
-                if output_fmt == "NCDHW":
-                    d, h, w = self.grid_size
-                    patches = rearrange(patches, "b (d h w) c -> b c d h w", d=d, h=h, w=w).contiguous()
-                outputs.append((patches, prefix) if return_prefix_tokens else patches)
-        return outputs if intermediates_only else (self.norm(x), outputs)
-
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drops the blocks after the last of `indices`, and the norm and head on request; returns the indices."""
-        wanted = chosen_indices(indices, len(self.blocks), what="blocks")
+        wanted = self._chosen(indices)
         self.blocks = self.blocks[: max(wanted) + 1]
         if prune_norm:
             self.norm = nn.Identity()
