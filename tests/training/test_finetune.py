@@ -162,6 +162,7 @@ def test_packaged_recipes_are_valid(name):
         ("labels=0%", "neither a share such as 10% nor a number"),
         ("decoder.name=vnet", "decoder.name"),
         ("output.trackers=[wandb]", "fine-tuning has no trackers"),
+        ("volume={spacin: [1,1,1], intensity: {CT: {kind: zscore}}}", "volume.spacin .* did you mean 'spacing'"),
     ],
 )
 def test_mistakes_are_named(override, message):
