@@ -12,7 +12,8 @@ from medmim.errors import MedmimError, SpecError
 from medmim.files import write_text
 from medmim.limits import LIST_BYTES, read_text
 from medmim_training.reproduce.experiment import experiment_folder
-from medmim_training.tasks.cases import DATASET, IMAGES, LABELS, SPLITS
+from medmim_training.store.sources import DATASET, IMAGES
+from medmim_training.tasks.cases import LABELS, SPLITS
 
 TASKS = {"hippocampus": "Task04_Hippocampus"}  # names of the Medical Segmentation Decathlon; a split is beside each
 

@@ -22,8 +22,9 @@ from medmim.errors import ScanError, SpecError
 from medmim.layers.tokens import Size
 from medmim.transforms import VolumeTransform, labels_on_grid
 from medmim.volumes import NIFTI_SUFFIXES, Volume, find_scans, load_volume
+from medmim_training.store.sources import DATASET, IMAGES
 
-IMAGES, LABELS, DATASET, SPLITS = "imagesTr", "labelsTr", "dataset.json", "subjects.csv"
+LABELS, SPLITS = "labelsTr", "subjects.csv"
 FOLDS = 5
 SPLIT_WORDS = {"": "train", "train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
 TRAINS = -1  # in place of a fold, where the data says who validates: that of a case that never does
@@ -200,9 +201,8 @@ def find_classes(data: str | Path, given: Sequence[str]) -> tuple[str, ...]:
 
 
 def _of_folder(folder: Path) -> list[Case]:
-    images = [path for path in find_scans(folder / IMAGES) if not path.name.startswith(".")]
     cases = []
-    for image in images:
+    for image in find_scans(folder / IMAGES):
         label = folder / LABELS / image.name
         if not label.is_file():
             raise SpecError(f"{image}: has no labels, {label} is missing")
