@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -235,6 +237,78 @@ def test_sigterm_between_steps_and_between_runs(pretend, experiment, shapes, tmp
     with pytest.raises(Preempted, match="saved"):
         grid.run()
     assert "failed" not in status(tmp_path).values()
+
+
+def test_ctrl_c_and_a_kill_leave_no_run_that_says_it_is_running(pretend, experiment, shapes, tmp_path, monkeypatch):
+    grid, seen = Runner(experiment, shapes, tmp_path, smoke=True, only=["ratio"]), []
+
+    def interrupted(recipe, folder, watch):
+        seen.append(status(tmp_path)[folder.name])
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "finetune", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        grid.run()
+    assert seen == ["running"]
+    words = list(status(tmp_path).values())
+    assert (words.count("done"), words.count("stopped"), words.count("running")) == (1, 1, 0)
+
+    text = (tmp_path / "manifest.json").read_text().replace('"stopped"', '"running"')  # as a kill leaves it
+    (tmp_path / "manifest.json").write_text(text)
+    grid.write_manifest()
+    assert list(status(tmp_path).values()) == words
+
+
+def test_a_run_of_another_process_is_left_to_it(pretend, experiment, shapes, tmp_path, monkeypatch):
+    """Another process, which two objects with locks of their own are as good as, has the first run and then ends it."""
+    ours, theirs = (Runner(experiment, shapes, tmp_path, smoke=True, only=["peers"]) for _ in range(2))
+    reference, *peers = (run for run in ours.wanted if isinstance(run, FineTuningRun))
+    assert all(run.same_time_as is reference for run in peers)
+    (other,) = (run for run in theirs.wanted if run.id == reference.id)
+
+    class Event(threading.Event):
+        def wait(self, timeout=None):  # between two looks: nothing that needs the run of the other process was begun
+            assert not pretend
+            assert status(tmp_path)[reference.id] == "running"
+            theirs._one(other, lambda step: None)
+            return False
+
+    monkeypatch.setattr(runner, "stop_requests", lambda: nullcontext(Event()))
+    with theirs.claims.of(reference.id) as is_theirs:
+        assert is_theirs
+        ours.run()
+    assert pretend == [reference.id, *(run.id for run in peers)]
+
+
+def test_with_all_else_in_other_hands_a_process_ends(pretend, experiment, shapes, tmp_path):
+    ours, theirs = (Runner(experiment, shapes, tmp_path, smoke=True, only=["ratio"]) for _ in range(2))
+    last = ours.wanted[-1]
+    with theirs.claims.of(last.id):
+        ours.run()
+    assert last.id not in pretend
+    assert len(pretend) == len(ours.wanted) - 1
+    ours.run()
+    assert pretend[-1] == last.id
+
+
+def test_what_takes_the_time_of_a_failed_run_fails_too(pretend, experiment, shapes, tmp_path, monkeypatch):
+    works = runner.finetune
+
+    def broken(recipe, folder, watch):
+        if recipe.model.name not in PEERS:
+            raise RuntimeError("no luck")
+        works(recipe, folder, watch)
+
+    monkeypatch.setattr(runner, "finetune", broken)
+    grid = Runner(experiment, shapes, tmp_path, smoke=True, only=["peers"])
+    with pytest.raises(IncompleteError):
+        grid.run()
+    reference = next(run for run in grid.wanted if isinstance(run, FineTuningRun) and run.same_time_as is None)
+    for run in grid.wanted:
+        if getattr(run, "same_time_as", None) is reference:
+            assert grid.problems[run.id] == f"it needs {reference.id}, which failed"
 
 
 def test_runs_of_other_cases_are_not_gone_on_with(pretend, experiment, shapes, tmp_path):

@@ -335,6 +335,8 @@ def reproduce(
 ) -> None:
     """Runs all of an experiment, and writes a page about it; the same command goes on where it was stopped.
 
+    Several processes may share the folder: each takes runs that no other is doing.
+
     Example: `medmim-train reproduce paper-small --data Task04_Hippocampus -o runs/paper-small`
     """
     from medmim_training.reproduce.experiment import load_experiment
@@ -367,6 +369,10 @@ def reproduce(
         try:
             if not report:
                 runner.run(watch)
+                if others := sum(not runner.is_done(run) for run in runner.wanted):
+                    progress.console.print(f"{others} runs are being done by other processes; --report makes the page")
+            else:
+                runner.write_manifest()
         finally:
             page = write_report(runner, out / "report")
             progress.console.print(f"page: {page}", soft_wrap=True)
