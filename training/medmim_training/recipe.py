@@ -124,6 +124,8 @@ class OutputSection(Section):
     """What a run writes and how often, in optimizer steps.
 
     Attributes:
+        checkpoint_every: In fine-tuning, the model is validated then, too, and draws a picture.
+        pictures_every: In pretraining.
         keep: Newest checkpoints that stay; the best one stays besides.
         trackers: Curves for other programs, through accelerate; `metrics.jsonl` is always written.
     """

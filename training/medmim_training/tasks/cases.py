@@ -159,6 +159,8 @@ def split_cases(cases: Sequence[Case], fold: int, *, source: str) -> Split:
         validation=tuple(case for case in used if case.fold == fold),
         test=tuple(case for case in cases if case.is_test),
     )
+    if len({case.group for case in used}) < 2:
+        raise SpecError(f"{source}: one subject trains and another one validates, so it takes two besides the test")
     if not split.training or not split.validation:
         folds = sorted({case.fold for case in used} - {TRAINS})
         raise SpecError(f"{source}: fold {fold} leaves nobody to train or validate with; there are folds {folds}")
