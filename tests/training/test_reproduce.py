@@ -8,10 +8,14 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
+import tarfile
 import threading
 from contextlib import nullcontext
+from urllib.error import URLError
 
+import monai.apps.utils
 import pytest
 import torch
 from scipy import stats
@@ -448,6 +452,34 @@ def test_shapes_are_labelled_exactly(shapes):
     scan, labels = (medmim.load_volume(path).array[0] for path in (cases[0].image, cases[0].label))
     means = [scan[labels == label].mean() for label in range(3)]
     assert means[0] + 30 < means[1] < means[2] - 30
+
+
+@pytest.mark.parametrize("what", ["another checksum", "no network", "an archive without what is listed"])
+def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(what, tmp_path, monkeypatch, capfd):
+    """With MONAI's own code around what would go over the network."""
+    patience = []
+
+    def retrieve(url, path, reporthook=None):
+        patience.append(socket.getdefaulttimeout())
+        if what == "no network":
+            raise URLError("Name or service not known")
+        with tarfile.open(path, "w") as archive:
+            archive.addfile(tarfile.TarInfo("Task04_Hippocampus/dataset.json"))
+
+    monkeypatch.setattr(monai.apps.utils, "urlretrieve", retrieve)
+    if what == "an archive without what is listed":
+        monkeypatch.setattr(monai.apps.utils, "check_hash", lambda *arguments: True)
+    monkeypatch.setattr(sys, "argv", ["medmim-train", "fetch-data", "hippocampus", "-o", str(tmp_path / "data")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    reason = {"another checksum": "hash check", "no network": "not known"}.get(what, "lacks 208 listed cases")
+    assert last.startswith("medmim-train: error: https://")
+    assert reason in last
+    assert list((tmp_path / "data").iterdir()) == []
+    assert patience == [60]
+    assert socket.getdefaulttimeout() is None
 
 
 def test_fetched_data_have_the_split(tmp_path):
