@@ -28,7 +28,7 @@ from medmim_training import cli
 from medmim_training.engine import NonFiniteLossError
 from medmim_training.preemption import Preempted
 from medmim_training.recipe import list_recipes, load_recipe
-from medmim_training.tasks import classification, segmentation
+from medmim_training.tasks import classification, metrics, segmentation
 from medmim_training.tasks.cases import (
     LoadedCase,
     choose,
@@ -162,6 +162,8 @@ def test_packaged_recipes_are_valid(name):
         ("labels=0%", "neither a share such as 10% nor a number"),
         ("decoder.name=vnet", "decoder.name"),
         ("output.trackers=[wandb]", "fine-tuning has no trackers"),
+        ("output.pictures_every=5", "output: .*fine-tuning draws one at each validation"),
+        ("volume={spacin: [1,1,1], intensity: {CT: {kind: zscore}}}", "volume.spacin .* did you mean 'spacing'"),
     ],
 )
 def test_mistakes_are_named(override, message):
@@ -453,6 +455,7 @@ def test_what_a_run_leaves(finished, data):
         scores = list(csv.DictReader(file))
     validated = json.loads((folder / "split.json").read_text())["validation"]
     assert [(row["case"], row["label"]) for row in scores] == [(n, c) for n in validated for c in CLASSES[1:]]
+    assert all(float(row["hd95"]) >= 0 or row["dice"] == "nan" for row in scores)
     means = {n: np.nanmean([float(row["dice"]) for row in scores if row["case"] == n]) for n in validated}
     assert np.mean(list(means.values())) == pytest.approx(best["dice"], abs=1e-5)
 
@@ -465,6 +468,35 @@ def test_what_a_run_leaves(finished, data):
     truth = np.asarray(nib.load(case.label).dataobj)
     ball = 2 * ((result.labels == 1) & (truth == 1)).sum() / max(1, ((result.labels == 1).sum() + (truth == 1).sum()))
     assert ball == pytest.approx(float(scores[0]["dice"]), abs=1e-4)
+
+
+def test_distances_are_measured_of_the_best_model_alone(recipe, tmp_path, monkeypatch):
+    measured, measure = [], metrics._hd95
+    monkeypatch.setattr(metrics, "_hd95", lambda *given: measured.append(given) or measure(*given))
+    before = []
+    finetune(recipe, tmp_path, watch_validation=lambda found: before.append(len(measured)))
+    assert before == [0, 0, 0]
+    with open(tmp_path / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(float(row["dice"]) > 0 for row in rows) <= len(measured) <= len(rows)
+    assert measured
+
+
+def test_a_class_that_no_training_case_has_is_refused_and_the_folder_is_left_free(tmp_path):
+    for number in range(2):
+        write_case(tmp_path, f"case_{number}", seed=number)
+    with pytest.raises(SpecError, match="no case that trains has the class 'tumour'"):
+        finetune(make_recipe(tmp_path, classes=(*CLASSES, "tumour")), tmp_path / "run")
+    steps = {"steps": 1}
+    finetune(make_recipe(tmp_path, schedule=steps), tmp_path / "run")
+    with pytest.raises(SpecError, match="another recipe ran here"):
+        finetune(make_recipe(tmp_path, schedule=steps, classes=(*CLASSES, "tumour")), tmp_path / "run")
+
+
+def test_one_subject_cannot_train_and_validate(tmp_path):
+    write_case(tmp_path, "case_0", seed=0)
+    with pytest.raises(SpecError, match="it takes two besides the test"):
+        finetune(make_recipe(tmp_path), tmp_path / "run")
 
 
 @pytest.mark.parametrize("step", [2, 7])

@@ -98,6 +98,9 @@ def test_overrides(override, key, value):
         ("seed.x=1", "is a value, not a section"),
         ("volume.orientation=RRS", "needs one letter"),
         ("seed=[", "not valid YAML"),
+        ("volume.spacin=[1,1,1]", "volume.spacin is no key of a recipe; did you mean 'spacing'"),
+        ("volume.intensity.MR.hihg=99", r"intensity\.MR\.percentile\.hihg is no key of a recipe; did you mean 'high'"),
+        ("volume.intensity.CT.width=9", r"intensity\.CT\.window\.width is no key of a recipe; known: kind, low, high"),
     ],
 )
 def test_mistakes_are_named(override, message):

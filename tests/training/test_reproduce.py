@@ -8,8 +8,14 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
+import tarfile
+import threading
+from contextlib import nullcontext
+from urllib.error import URLError
 
+import monai.apps.utils
 import pytest
 import torch
 from scipy import stats
@@ -237,6 +243,78 @@ def test_sigterm_between_steps_and_between_runs(pretend, experiment, shapes, tmp
     assert "failed" not in status(tmp_path).values()
 
 
+def test_ctrl_c_and_a_kill_leave_no_run_that_says_it_is_running(pretend, experiment, shapes, tmp_path, monkeypatch):
+    grid, seen = Runner(experiment, shapes, tmp_path, smoke=True, only=["ratio"]), []
+
+    def interrupted(recipe, folder, watch):
+        seen.append(status(tmp_path)[folder.name])
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "finetune", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        grid.run()
+    assert seen == ["running"]
+    words = list(status(tmp_path).values())
+    assert (words.count("done"), words.count("stopped"), words.count("running")) == (1, 1, 0)
+
+    text = (tmp_path / "manifest.json").read_text().replace('"stopped"', '"running"')  # as a kill leaves it
+    (tmp_path / "manifest.json").write_text(text)
+    grid.write_manifest()
+    assert list(status(tmp_path).values()) == words
+
+
+def test_a_run_of_another_process_is_left_to_it(pretend, experiment, shapes, tmp_path, monkeypatch):
+    """Another process, which two objects with locks of their own are as good as, has the first run and then ends it."""
+    ours, theirs = (Runner(experiment, shapes, tmp_path, smoke=True, only=["peers"]) for _ in range(2))
+    reference, *peers = (run for run in ours.wanted if isinstance(run, FineTuningRun))
+    assert all(run.same_time_as is reference for run in peers)
+    (other,) = (run for run in theirs.wanted if run.id == reference.id)
+
+    class Event(threading.Event):
+        def wait(self, timeout=None):  # between two looks: nothing that needs the run of the other process was begun
+            assert not pretend
+            assert status(tmp_path)[reference.id] == "running"
+            theirs._one(other, lambda step: None)
+            return False
+
+    monkeypatch.setattr(runner, "stop_requests", lambda: nullcontext(Event()))
+    with theirs.claims.of(reference.id) as is_theirs:
+        assert is_theirs
+        ours.run()
+    assert pretend == [reference.id, *(run.id for run in peers)]
+
+
+def test_with_all_else_in_other_hands_a_process_ends(pretend, experiment, shapes, tmp_path):
+    ours, theirs = (Runner(experiment, shapes, tmp_path, smoke=True, only=["ratio"]) for _ in range(2))
+    last = ours.wanted[-1]
+    with theirs.claims.of(last.id):
+        ours.run()
+    assert last.id not in pretend
+    assert len(pretend) == len(ours.wanted) - 1
+    ours.run()
+    assert pretend[-1] == last.id
+
+
+def test_what_takes_the_time_of_a_failed_run_fails_too(pretend, experiment, shapes, tmp_path, monkeypatch):
+    works = runner.finetune
+
+    def broken(recipe, folder, watch):
+        if recipe.model.name not in PEERS:
+            raise RuntimeError("no luck")
+        works(recipe, folder, watch)
+
+    monkeypatch.setattr(runner, "finetune", broken)
+    grid = Runner(experiment, shapes, tmp_path, smoke=True, only=["peers"])
+    with pytest.raises(IncompleteError):
+        grid.run()
+    reference = next(run for run in grid.wanted if isinstance(run, FineTuningRun) and run.same_time_as is None)
+    for run in grid.wanted:
+        if getattr(run, "same_time_as", None) is reference:
+            assert grid.problems[run.id] == f"it needs {reference.id}, which failed"
+
+
 def test_runs_of_other_cases_are_not_gone_on_with(pretend, experiment, shapes, tmp_path):
     data = shutil.copytree(shapes, tmp_path / "data")
     Runner(experiment, data, tmp_path / "out", smoke=True, only=["peers"]).run()
@@ -374,6 +452,34 @@ def test_shapes_are_labelled_exactly(shapes):
     scan, labels = (medmim.load_volume(path).array[0] for path in (cases[0].image, cases[0].label))
     means = [scan[labels == label].mean() for label in range(3)]
     assert means[0] + 30 < means[1] < means[2] - 30
+
+
+@pytest.mark.parametrize("what", ["another checksum", "no network", "an archive without what is listed"])
+def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(what, tmp_path, monkeypatch, capfd):
+    """With MONAI's own code around what would go over the network."""
+    patience = []
+
+    def retrieve(url, path, reporthook=None):
+        patience.append(socket.getdefaulttimeout())
+        if what == "no network":
+            raise URLError("Name or service not known")
+        with tarfile.open(path, "w") as archive:
+            archive.addfile(tarfile.TarInfo("Task04_Hippocampus/dataset.json"))
+
+    monkeypatch.setattr(monai.apps.utils, "urlretrieve", retrieve)
+    if what == "an archive without what is listed":
+        monkeypatch.setattr(monai.apps.utils, "check_hash", lambda *arguments: True)
+    monkeypatch.setattr(sys, "argv", ["medmim-train", "fetch-data", "hippocampus", "-o", str(tmp_path / "data")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    reason = {"another checksum": "hash check", "no network": "not known"}.get(what, "lacks 208 listed cases")
+    assert last.startswith("medmim-train: error: https://")
+    assert reason in last
+    assert list((tmp_path / "data").iterdir()) == []
+    assert patience == [60]
+    assert socket.getdefaulttimeout() is None
 
 
 def test_fetched_data_have_the_split(tmp_path):

@@ -249,6 +249,53 @@ def test_decathlon_and_monai_lists(tmp_path):
     assert [s.modality for s in find_sources(listing)] == ["MR"]
 
 
+def decathlon_folder(tmp_path, *names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_of_a_decathlon_folder_the_scans_are_taken_that_are_no_test(tmp_path):
+    names = [f"{part}/{case}.nii.gz" for part in ("imagesTr", "labelsTr", "imagesTs") for case in "ab"]
+    folder, told = decathlon_folder(tmp_path, *names, "imagesTr/._a.nii.gz"), []
+    found = find_sources(folder, tell=told.append)
+    assert [(s.name, s.modality) for s in found] == [("imagesTr/a.nii.gz", None), ("imagesTr/b.nii.gz", None)]
+    assert told.pop() == f"{folder}: takes 2 scans of imagesTr; leaves out imagesTs, labelsTr"
+
+    listed = {
+        "modality": {"0": "MRI"},
+        "training": [{"image": f"./imagesTr/{case}.nii.gz", "label": "x"} for case in "bc"],
+        "test": ["./imagesTs/a.nii.gz"],
+    }
+    (folder / "dataset.json").write_text(json.dumps(listed))
+    found = find_sources(folder, tell=told.append)
+    assert [(s.path, s.modality) for s in found] == [(folder / "imagesTr/b.nii.gz", "MR")]
+    assert "takes 1 scans of imagesTr; leaves out imagesTs, labelsTr; 1 that dataset.json lists" in told[0]
+    assert [s.name for s in find_sources(folder, ["split=test"])] == ["./imagesTs/a.nii.gz"]
+
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "numTraining": 2}))  # of nnU-Net
+    assert [(s.name[-8], s.modality) for s in find_sources(folder)] == [("a", "CT"), ("b", "CT")]
+
+
+@pytest.mark.parametrize("text", ["US", "MG", "x-ray"])
+def test_a_modality_that_is_unknown_is_refused(tmp_path, text):
+    listing = tmp_path / "list.csv"
+    listing.write_text(f"file,modality\na.nii,T1w\nb.nii,\nc.nii,{text}\nd.nii,mr_flair\n")
+    with pytest.raises(SpecError, match=f"row 3: the modality '{text}' is none of CT, PET, .*FLAIR"):
+        find_sources(listing)
+    assert [s.modality for s in find_sources(listing, ["file!=c*"])] == ["MR", None, "MR"]
+    listing = tmp_path / "dataset.json"
+    listing.write_text(json.dumps({"modality": {"0": text}, "training": ["a.nii"]}))
+    with pytest.raises(SpecError, match=f"row 1: the modality '{text}'"):
+        find_sources(listing)
+
+
+def test_a_list_that_a_spreadsheet_saved(tmp_path):
+    (tmp_path / "list.csv").write_text("file,group\na.nii,x\n", encoding="utf-8-sig")
+    assert [s.name for s in find_sources(tmp_path / "list.csv")] == ["a.nii"]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"training": [{"label": "a"}]}', '{"training": []}'])
 def test_a_list_that_is_none_is_named(tmp_path, text):
     listing = tmp_path / "dataset.json"

@@ -29,6 +29,12 @@ class ProbeSplit(StrEnum):
     test = "test"
 
 
+SourceArgument = Annotated[
+    Path, typer.Argument(help="A folder of scans (of a Decathlon folder, imagesTr), or a data list in CSV or JSON.")
+]
+WhereOption = Annotated[
+    list[str] | None, typer.Option(help="Filter on a column of the list: column=pattern,... or column!=pattern,...")
+]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
@@ -42,12 +48,10 @@ def main() -> None:
 
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(help="A folder of scans, or a CSV data list.")],
+    source: SourceArgument,
     store: Annotated[Path, typer.Option("-o", "--store", help="Folder to write.")],
     recipe: Annotated[str, typer.Option(help="Recipe (or YAML file) whose preprocessing to use.")],
-    where: Annotated[
-        list[str] | None, typer.Option(help="Filter on a column of the CSV: column=pattern,... or column!=pattern,...")
-    ] = None,
+    where: WhereOption = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
 ) -> None:
     """Reorients, resamples and compresses scans into a store, once.
@@ -58,7 +62,7 @@ def prepare(
     from medmim_training.store.prepare import prepare as prepare_store
     from medmim_training.store.sources import find_sources
 
-    sources = find_sources(source, where or [])
+    sources = find_sources(source, where or [], tell=console.print)
     volume = load_recipe(recipe).volume
     with _progress() as progress:
         report = _reporting(progress, "preparing", len(sources))
@@ -249,11 +253,9 @@ def probe(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model name, or local-dir:FOLDER.")],
-    source: Annotated[Path, typer.Argument(help="A folder of scans, or a CSV data list.")],
+    source: SourceArgument,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file for the results.")] = None,
-    where: Annotated[
-        list[str] | None, typer.Option(help="Filter on a column of the CSV: column=pattern,... or column!=pattern,...")
-    ] = None,
+    where: WhereOption = None,
     ratio: Annotated[float, typer.Option(help="Share of the patches to hide.")] = 0.75,
     hub: pushing.HubOption = None,
 ) -> None:
@@ -270,7 +272,7 @@ def evaluate(
 
     encoder = create_model(model, pretrained=True)
     decoder = create_decoder(encoder)
-    sources = find_sources(source, where or [])
+    sources = find_sources(source, where or [], tell=console.print)
     with _progress() as progress:
         report = _reporting(progress, "evaluating", len(sources))
         results = evaluate_reconstruction(encoder, decoder, sources, ratio=ratio, report=report)
@@ -338,6 +340,8 @@ def reproduce(
 ) -> None:
     """Runs all of an experiment, and writes a page about it; the same command goes on where it was stopped.
 
+    Several processes may share the folder: each takes runs that no other is doing.
+
     Example: `medmim-train reproduce paper-small --data Task04_Hippocampus -o runs/paper-small`
     """
     from medmim_training.reproduce.experiment import load_experiment
@@ -370,6 +374,10 @@ def reproduce(
         try:
             if not report:
                 runner.run(watch)
+                if others := sum(not runner.is_done(run) for run in runner.wanted):
+                    progress.console.print(f"{others} runs are being done by other processes; --report makes the page")
+            else:
+                runner.write_manifest()
         finally:
             page = write_report(runner, out / "report")
             progress.console.print(f"page: {page}", soft_wrap=True)

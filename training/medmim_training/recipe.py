@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -123,6 +124,8 @@ class OutputSection(Section):
     """What a run writes and how often, in optimizer steps.
 
     Attributes:
+        checkpoint_every: In fine-tuning, the model is validated then, too, and draws a picture.
+        pictures_every: In pretraining.
         keep: Newest checkpoints that stay; the best one stays besides.
         trackers: Curves for other programs, through accelerate; `metrics.jsonl` is always written.
     """
@@ -237,7 +240,8 @@ def make_settings(
     for override in overrides:
         _override(data, override)
     try:
-        return kind.model_validate(data)
+        # Records within, such as `volume`, pass unknown keys over where a newer medmim may have written them.
+        return kind.model_validate(data, extra="forbid")
     except ValidationError as error:
         raise SpecError(f"{source}: {explain(error, kind)}") from None
 
@@ -278,7 +282,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
-def explain(error: ValidationError, kind: type[Section]) -> str:
+def explain(error: ValidationError, kind: type[BaseModel]) -> str:
     """The first thing that is wrong, with the nearest known key where one is unknown."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
@@ -286,8 +290,26 @@ def explain(error: ValidationError, kind: type[Section]) -> str:
         return f"{where}: {first['msg']}"
     section: Any = kind
     for part in first["loc"][:-1]:
-        # Below a mapping are names of the file's own.
-        section = get_args(section)[-1] if get_origin(section) is dict else section.model_fields[part].annotation
+        section = _below(section, part)
     known = list(section.model_fields)
     near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
     return f"{where} is no key of a recipe; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+
+
+def _below(section: Any, part: int | str) -> Any:
+    """The type of what stands at `part` of a value of the type `section`, as pydantic names places in its errors."""
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return _plain(section.model_fields[part].annotation)
+    if get_origin(section) is dict:  # whose keys are names of the file's own
+        return _plain(get_args(section)[-1])
+    # Of several records, pydantic names the one that is meant by its kind.
+    return next(each for each in get_args(section) if each.model_fields["kind"].default == part)
+
+
+def _plain(annotation: Any) -> Any:
+    """A type without what is said of it, and without None."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    given = [each for each in get_args(annotation) if each is not NoneType]
+    is_optional = get_origin(annotation) in (Union, UnionType) and len(given) == 1
+    return _plain(given[0]) if is_optional else annotation

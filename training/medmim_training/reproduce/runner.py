@@ -1,6 +1,7 @@
 """Runs an experiment's grid, one run after another: skips what is done, resumes what was stopped, goes past what fails.
 
-What is done is decided by what the run left, not by the manifest, which only tells a reader how things stand.
+What is done is decided by what the run left, not by the manifest, which only tells a reader how things stand. Several
+processes may do so in one folder: each takes runs that no other has.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import statistics
 import tempfile
 import textwrap
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +44,7 @@ from medmim_training.reproduce.experiment import (
     needed_for,
     plan_runs,
 )
+from medmim_training.reproduce.sharing import Claims
 from medmim_training.store.index import Store
 from medmim_training.store.prepare import prepare
 from medmim_training.store.sources import Source
@@ -54,6 +57,7 @@ from medmim_training.tasks.recipe import SegmentationRecipe
 MANIFEST, STORES = "manifest.json", "stores"
 SIDES: tuple[Side, ...] = ("validation", "test")
 PROBLEM_LENGTH = 300  # characters; some libraries write pages
+POLL = 5.0  # seconds between looks at what other processes have done
 TIMED_STEPS, UNTIMED_STEPS = 5, 2  # of a trial: the first ones pay for what later ones find ready
 
 
@@ -104,10 +108,11 @@ class Runner:
         self.runs = plan_runs(self.experiment, smoke=smoke)
         self.wanted = needed_for(self.runs, only)
         self.problems: dict[str, str] = {}
+        self.claims = Claims(self.folder)
         self.split = _split(self.data, [run.recipe for run in self.runs if isinstance(run, FineTuningRun)])
 
     def run(self, watch: Callable[[Progress], None] = lambda progress: None) -> None:
-        """Runs what is not done yet.
+        """Runs what is not done yet and what no other process is doing, until there is no such run.
 
         Raises:
             SpecError: When the runs that are there were of other cases.
@@ -115,31 +120,56 @@ class Runner:
             IncompleteError: At the end, when runs failed; the same command tries them again.
             CheckpointError: When the disk is full.
         """
-        claim_split(self.folder / SPLIT_FILE, self.split)
+        with self.claims.alone():
+            claim_split(self.folder / SPLIT_FILE, self.split)
         self.problems.clear()
-        total = len(self.wanted)
-        for number, run in enumerate(self.wanted, start=1):
-            if self.is_done(run):
-                continue
-            self.write_manifest(running=run)
-            with stop_requests() as stop:
-                try:
-                    self._one(run, lambda step: watch(Progress(run, number, total, step)))  # noqa: B023
-                except (Preempted, CheckpointError):
-                    self.write_manifest()
-                    raise
-                except Exception as error:  # whatever it is, the runs after this one are worth having
-                    self.problems[run.id] = _sentence(error)
+        with stop_requests() as stop:
+            try:
                 self.write_manifest()
-                watch(Progress(run, number, total, problem=self.problems.get(run.id)))
-            if stop.is_set():
-                raise Preempted(f"{self.folder}: stopped after run {number} of {total}; the same command goes on")
+                while self._pass(stop, watch):
+                    if stop.wait(POLL):
+                        raise Preempted(f"{self.folder}: stopped while other processes ran; the same command goes on")
+            finally:
+                self.write_manifest()
         if self.problems:
             first, problem = next(iter(self.problems.items()))
             raise IncompleteError(
-                f"{len(self.problems)} of {total} runs failed, such as {first} ({problem}); "
+                f"{len(self.problems)} of {len(self.wanted)} runs failed, such as {first} ({problem}); "
                 "the same command tries them again"
             )
+
+    def _pass(self, stop: threading.Event, watch: Callable[[Progress], None]) -> bool:
+        """Does each run that can be done now; gives whether some wait for what other processes are doing."""
+        waiting, total = False, len(self.wanted)
+        for number, run in enumerate(self.wanted, start=1):
+            if self.is_done(run) or run.id in self.problems:
+                continue
+            needed = [each for each in (getattr(run, "start", None), getattr(run, "same_time_as", None)) if each]
+            failed = next((each.id for each in needed if each.id in self.problems), None)
+            if failed is None and not all(map(self.is_done, needed)):
+                waiting = True
+                continue
+            with self.claims.of(run.id) as is_ours:
+                if not is_ours or self.is_done(run):  # since we looked
+                    continue
+                self.write_manifest()
+                self._try(run, failed, lambda **told: watch(Progress(run, number, total, **told)))  # noqa: B023
+            self.write_manifest()
+            if stop.is_set():
+                raise Preempted(f"{self.folder}: stopped after run {number} of {total}; the same command goes on")
+        return waiting
+
+    def _try(self, run: Run, failed: str | None, tell: Callable[..., None]) -> None:
+        """Does a run; keeps its problem, such as a `failed` run that it needs."""
+        try:
+            if failed is not None:
+                raise SpecError(f"it needs {failed}, which failed")
+            self._one(run, lambda step: tell(step=step))
+        except (Preempted, CheckpointError):
+            raise
+        except Exception as error:  # whatever it is, the runs after this one are worth having
+            self.problems[run.id] = _sentence(error)
+        tell(problem=self.problems.get(run.id))
 
     # --- where things are ---------------------------------------------------------------------------------------------
 
@@ -171,28 +201,36 @@ class Runner:
             words += ["--data", str(self._store_folder(run.recipe))]
         return shlex.join([*words, *self.overrides(run), "-o", str(self.place(run))])
 
-    def write_manifest(self, running: Run | None = None) -> None:
+    def write_manifest(self) -> None:
         """Writes how each run stands, with the command that does it by hand and what it cost so far."""
-        entries = [
-            {
-                "run": run.id,
-                "kind": PRETRAINING if isinstance(run, PretrainingRun) else FINETUNING,
-                "for": [f"{table}: {row}" for table, row in getattr(run, "rows", ())],
-                "status": self._status(run, running),
-                **({"problem": self.problems[run.id]} if run.id in self.problems else {}),
-                "cpu_seconds": cpu_seconds(self.place(run)),
-                "command": self.command(run),
-            }
-            for run in self.runs
-        ]
-        write_text(self.folder / MANIFEST, json.dumps(entries, indent=1) + "\n")
+        with self.claims.alone():
+            problems = self._known_problems() | self.problems
+            entries = [
+                {
+                    "run": run.id,
+                    "kind": PRETRAINING if isinstance(run, PretrainingRun) else FINETUNING,
+                    "for": [f"{table}: {row}" for table, row in getattr(run, "rows", ())],
+                    "status": (status := self._status(run, problems)),
+                    **({"problem": problems[run.id]} if status == "failed" else {}),
+                    "cpu_seconds": cpu_seconds(self.place(run)),
+                    "command": self.command(run),
+                }
+                for run in self.runs
+            ]
+            write_text(self.folder / MANIFEST, json.dumps(entries, indent=1) + "\n")
 
-    def _status(self, run: Run, running: Run | None) -> str:
+    def _known_problems(self) -> dict[str, str]:
+        """What the manifest says of runs that failed, of other processes too, until they are tried again."""
+        path = self.folder / MANIFEST
+        entries = read_json(path, LIST_BYTES) if path.is_file() else []
+        return {entry["run"]: entry["problem"] for entry in entries if "problem" in entry}
+
+    def _status(self, run: Run, problems: dict[str, str]) -> str:
         if self.is_done(run):
             return "done"
-        if run is running:
+        if self.claims.taken(run.id):
             return "running"
-        if run.id in self.problems:
+        if run.id in problems:
             return "failed"
         return "stopped" if (self.place(run) / RECIPE_FILE).is_file() else "waiting"
 
@@ -204,8 +242,6 @@ class Runner:
             method = pretrain(load_recipe(run.base, run.overrides), self._store(run.recipe), folder, watch=watch)
             save_pretrained(method.encoder, folder / ENCODER)
             return
-        if run.start is not None and not self.is_done(run.start):
-            raise SpecError(f"its encoder is missing, since {run.start.id} failed")
         if run.same_time_as is not None and self._steps(run) is None:
             self._choose_steps(run)
         recipe = load_recipe(run.base, self.overrides(run), kind=SegmentationRecipe)
@@ -220,7 +256,9 @@ class Runner:
 
     def _store(self, recipe: Recipe) -> Store:
         """The images of the training cases, and of no others: what validates and tests is not even seen unlabelled."""
-        return _prepared(self.split, self._store_folder(recipe), recipe.volume)
+        folder = self._store_folder(recipe)
+        with self.claims.alone(folder.name):
+            return _prepared(self.split, folder, recipe.volume)
 
     # --- the same time ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from medmim.files import atomic_write, write_csv, write_text
-from medmim_training.tasks.cases import DATASET, IMAGES, LABELS, SPLITS
+from medmim_training.store.sources import DATASET, IMAGES
+from medmim_training.tasks.cases import LABELS, SPLITS
 
 CLASSES = ("background", "ball", "box")
 FOLDS = 2

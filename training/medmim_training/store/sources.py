@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from medmim.errors import SpecError
 from medmim.limits import LIST_BYTES, read_csv, read_json
@@ -12,7 +16,12 @@ from medmim.volumes import find_scans
 
 PATH_COLUMNS = ("file", "image", "path")
 SPLITS = ("training", "validation", "test")
-MODALITIES = {"CT": "CT", "MR": "MR", "MRI": "MR", "PET": "PET", "PT": "PET"}
+IMAGES, DATASET = "imagesTr", "dataset.json"  # of the Medical Segmentation Decathlon, and of nnU-Net
+WITHOUT_TEST = ["split=training,validation"]
+# As the Decathlon, BraTS and nnU-Net call a channel that is MR of some kind.
+T1, T2 = ("T1", "T1W", "T1N", "T1C", "T1CE", "T1GD", "MPRAGE", "MP2RAGE"), ("T2", "T2W", "T2F", "FLAIR")
+OTHERS = ("PD", "PDW", "DWI", "ADC", "SWI", "DTI", "BOLD", "FMRI")
+MODALITIES = {"CT": "CT", "PET": "PET", "PT": "PET", **dict.fromkeys(("MR", "MRI", *T1, *T2, *OTHERS), "MR")}
 
 
 @dataclass(frozen=True)
@@ -26,27 +35,35 @@ class Source:
     license: str = ""
 
 
-def find_sources(source: str | Path, where: list[str] | tuple[str, ...] = ()) -> list[Source]:
+def find_sources(
+    source: str | Path, where: Sequence[str] = (), *, tell: Callable[[str], None] = lambda text: None
+) -> list[Source]:
     """Lists the scans of `source`.
 
     Args:
         source: One of
             - a folder, searched at any depth for scans and for folders of DICOM slices (`*.dcm`), a series each;
+            - a folder as the Medical Segmentation Decathlon and nnU-Net have it, with `imagesTr`: what its
+              `dataset.json` lists to train or validate and is there, else all of `imagesTr`; neither labels nor,
+              unless `where` says so, test cases;
             - a CSV with a column `file`, `image` or `path` (relative to the CSV) and optionally `modality` (its first
-              word counts: "MR T1w" is MR), `group` and `licence`;
-            - a JSON data list as the Medical Segmentation Decathlon and MONAI write them: lists of file names, or of
-              records with `image`, under `training`, `validation` and `test`.
+              word counts: "MR T1w" and "T1w" are MR; empty takes it from the scan), `group` and `licence`;
+            - a JSON data list as the Decathlon and MONAI write them: lists of file names, or of records with `image`,
+              under `training`, `validation` and `test`.
         where: Filters on columns of a CSV, or on `split` of a JSON list: "split=train,pool" keeps rows whose split is
             one of the patterns, "group!=nd320*" drops those that match. All must hold.
+        tell: Called with a sentence on what is taken and what is left out, where that is not all that was found.
 
     Raises:
-        SpecError: For a missing or malformed source, an unknown column, or nothing left.
+        SpecError: For a missing or malformed source, an unknown column or modality, or nothing left.
     """
     source = Path(source)
-    if source.is_dir():
+    if (source / IMAGES).is_dir():
+        found = _of_decathlon(source, where, tell)
+    elif source.is_dir():
         if where:
             raise SpecError(f"{source}: a folder has no columns to filter by; drop --where or give a data list")
-        found = _search(source)
+        found = [Source(path, path.relative_to(source).as_posix()) for path in find_scans(source)]
     elif source.is_file() and source.suffix == ".csv":
         found = _from_rows(source, *read_csv(source), where)
     elif source.is_file() and source.suffix == ".json":
@@ -58,13 +75,38 @@ def find_sources(source: str | Path, where: list[str] | tuple[str, ...] = ()) ->
     return found
 
 
-def _search(folder: Path) -> list[Source]:
-    return [Source(path, str(path.relative_to(folder))) for path in find_scans(folder)]
+def _of_decathlon(folder: Path, where: Sequence[str], tell: Callable[[str], None]) -> list[Source]:
+    listing = folder / DATASET
+    data = read_json(listing, LIST_BYTES) if listing.is_file() else None
+    rows = _rows_of(data, listing)
+    if not rows:  # as in a folder of nnU-Net, whose file has none
+        names = (path.relative_to(folder).as_posix() for path in find_scans(folder / IMAGES))
+        rows = [{"image": name, "split": "training", "modality": _decathlon_modality(data)} for name in names]
+    listed = _from_rows(listing, ["image", "split"], rows, where or WITHOUT_TEST)
+    found = [each for each in listed if each.path.exists()]
+    if not found:
+        return []
+    taken = Counter(PurePosixPath(each.name).parent.as_posix() for each in found)
+    others = {path.relative_to(folder).parts[0] for path in find_scans(folder)} - {*taken}
+    told = [f"{folder}: takes " + ", ".join(f"{number} scans of {name}" for name, number in taken.items())]
+    if others:
+        told.append(f"leaves out {', '.join(sorted(others))}")
+    if missing := len(listed) - len(found):
+        told.append(f"{missing} that {DATASET} lists are not there")
+    tell("; ".join(told))
+    return found
 
 
 def _read_json(source: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names and rows, with the name of the list each row was in as its `split`."""
-    data = read_json(source, LIST_BYTES)
+    """Column names and rows."""
+    rows = _rows_of(read_json(source, LIST_BYTES), source)
+    if not rows:
+        raise SpecError(f"{source}: lists no scans under {', '.join(SPLITS)}")
+    return ["image", "split", "modality"], rows
+
+
+def _rows_of(data: Any, source: Path) -> list[dict[str, str]]:
+    """The scans of a JSON list, with the name of the list each was in as its `split`."""
     lists = {name: items for name, items in data.items() if name in SPLITS} if isinstance(data, dict) else {}
     rows = []
     for split, items in lists.items():
@@ -73,16 +115,24 @@ def _read_json(source: Path) -> tuple[list[str], list[dict[str, str]]]:
             if not isinstance(name, str):
                 raise SpecError(f"{source}: {split!r} must list file names, or records whose image is one file name")
             rows.append({"image": name, "split": split, "modality": _decathlon_modality(data)})
-    if not rows:
-        raise SpecError(f"{source}: lists no scans under {', '.join(SPLITS)}")
-    return ["image", "split", "modality"], rows
+    return rows
 
 
-def _decathlon_modality(data: dict) -> str:
-    """What `dataset.json` calls the first channel: "CT", or a sequence of MR."""
-    names = data.get("modality")
-    first = str(names.get("0", "")) if isinstance(names, dict) else ""
-    return first if first.upper() in MODALITIES else ("MR" if first else "")
+def _decathlon_modality(data: Any) -> str:
+    """What `dataset.json` calls the first channel, such as "CT" or "FLAIR"; nothing where it does not say."""
+    names = (data.get("modality") or data.get("channel_names")) if isinstance(data, dict) else None
+    return str(names.get("0", "")) if isinstance(names, dict) else ""
+
+
+def _modality(text: str, where: str) -> str | None:
+    """The modality that a list means; None where it says nothing."""
+    words = re.findall(r"\w+", text.replace("_", " "))
+    if not words:
+        return None
+    if words[0].upper() not in MODALITIES:
+        known = ", ".join(MODALITIES)
+        raise SpecError(f"{where}: the modality {text!r} is none of {known}; write one, or leave it empty")
+    return MODALITIES[words[0].upper()]
 
 
 def _from_rows(source: Path, columns: list[str], rows: list[dict[str, str]], where) -> list[Source]:
@@ -97,11 +147,11 @@ def _from_rows(source: Path, columns: list[str], rows: list[dict[str, str]], whe
         Source(
             path=source.parent / row[path_column],
             name=row[path_column],
-            modality=MODALITIES.get((row.get("modality") or "").split(" ")[0].upper()),
+            modality=_modality(row.get("modality") or "", f"{source}: row {number}"),
             group=row.get("group") or "",
             license=row.get("licence") or row.get("license") or "",
         )
-        for row in rows
+        for number, row in enumerate(rows, start=1)
         if all(any(fnmatchcase(row[c] or "", p) for p in patterns) == keep for c, patterns, keep in filters)
     ]
 

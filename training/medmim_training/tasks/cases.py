@@ -21,8 +21,9 @@ from medmim.layers.tokens import Size
 from medmim.limits import LIST_BYTES, read_csv, read_json
 from medmim.transforms import VolumeTransform, labels_on_grid
 from medmim.volumes import NIFTI_SUFFIXES, Volume, find_scans, load_volume
+from medmim_training.store.sources import DATASET, IMAGES
 
-IMAGES, LABELS, DATASET, SPLITS = "imagesTr", "labelsTr", "dataset.json", "subjects.csv"
+LABELS, SPLITS = "labelsTr", "subjects.csv"
 FOLDS = 5
 SPLIT_WORDS = {"": "train", "train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
 TRAINS = -1  # in place of a fold, where the data says who validates: that of a case that never does
@@ -157,6 +158,8 @@ def split_cases(cases: Sequence[Case], fold: int, *, source: str) -> Split:
         validation=tuple(case for case in used if case.fold == fold),
         test=tuple(case for case in cases if case.is_test),
     )
+    if len({case.group for case in used}) < 2:
+        raise SpecError(f"{source}: one subject trains and another one validates, so it takes two besides the test")
     if not split.training or not split.validation:
         folds = sorted({case.fold for case in used} - {TRAINS})
         raise SpecError(f"{source}: fold {fold} leaves nobody to train or validate with; there are folds {folds}")
@@ -197,9 +200,8 @@ def find_classes(data: str | Path, given: Sequence[str]) -> tuple[str, ...]:
 
 
 def _of_folder(folder: Path) -> list[Case]:
-    images = [path for path in find_scans(folder / IMAGES) if not path.name.startswith(".")]
     cases = []
-    for image in images:
+    for image in find_scans(folder / IMAGES):
         label = folder / LABELS / image.name
         if not label.is_file():
             raise SpecError(f"{image}: has no labels, {label} is missing")

@@ -101,23 +101,24 @@ class ClassificationTask(loop.Task):
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(outputs, batch["class"], weight=self.weights.to(outputs.device))
 
-    def validate(self, step: int, pictures: Path) -> tuple[Validation, list[tuple]]:
+    def validate(self, step: int, pictures: Path) -> Validation:
+        truth = np.array([case.label for case in self.split.validation])
+        return Validation(step=step, **asdict(score_classes(truth, self._probabilities())))
+
+    def _probabilities(self) -> np.ndarray:
+        """Of each class, for each case that validates: (n, K)."""
         batches = self._validation_batches()
         with evaluating(self.model), torch.inference_mode():
-            probabilities = torch.cat([self.model(x).float().softmax(dim=1).cpu() for x in batches])  # (n, K)
-        cases = self.split.validation
-        scores = score_classes(np.array([case.label for case in cases]), probabilities.numpy())
-        rows = [(case.name, case.label, *row) for case, row in zip(cases, probabilities.tolist(), strict=True)]
-        return Validation(step=step, **asdict(scores)), rows
+            return torch.cat([self.model(x).float().softmax(dim=1).cpu() for x in batches]).numpy()
 
     def _validation_batches(self) -> Iterator[Tensor]:
         device = next(self.model.parameters()).device
         for start in range(0, len(self.validation), self.recipe.batch_size):
             yield torch.stack(self.validation[start : start + self.recipe.batch_size]).to(device)
 
-    def write_scores(self, path: Path, scores: list[tuple]) -> None:
+    def write_scores(self, path: Path) -> None:
         rows = (
-            (name, self.classes[label], *(f"{each:.6g}" for each in probabilities))
-            for name, label, *probabilities in scores
+            (case.name, self.classes[case.label], *(f"{each:.6g}" for each in row))
+            for case, row in zip(self.split.validation, self._probabilities().tolist(), strict=True)
         )
         write_csv(path, ("case", "label", *self.classes), rows)

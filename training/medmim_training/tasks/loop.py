@@ -75,8 +75,8 @@ class Task(ABC):
         """The loss of the model's `outputs`, in float32, for a batch of samples."""
 
     @abstractmethod
-    def validate(self, step: int, pictures: Path) -> tuple[Validation, list[tuple]]:
-        """How well the model does after `step` steps, and the score or prediction of each case as plain data.
+    def validate(self, step: int, pictures: Path) -> Validation:
+        """How well the model does after `step` steps, in what decides which one is best.
 
         Args:
             step: Steps done.
@@ -84,8 +84,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def write_scores(self, path: Path, scores: list[tuple]) -> None:
-        """Writes what `validate` gave for each case as a CSV file."""
+    def write_scores(self, path: Path) -> None:
+        """Writes all that is measured of each validation case as a CSV file."""
 
 
 def split_of(recipe: FineTuneRecipe, cases: Sequence[Case]) -> Split:
@@ -143,9 +143,10 @@ class Run:
             raise SpecError("fine-tuning runs in one process; start it without a launcher")
         if self.model.spec.volume is None:
             raise SpecError(f"{recipe.name}: a model from scratch has no preprocessing; give volume= in the recipe")
-        claim(self.folder / RECIPE_FILE, recipe, kind=FineTuneRecipe)
-        claim_split(self.folder / SPLIT_FILE, task.split)
+        if (self.folder / RECIPE_FILE).is_file():  # said before all cases are read
+            self._claim()
         task.load()
+        self._claim()  # of cases that can be trained with: others leave the folder to another recipe
 
         self._choose_trained(encoder=not recipe.frozen)
         optimizer = create_optimizer(self.model, recipe.optimizer)
@@ -158,6 +159,11 @@ class Run:
         self.metrics = MetricsLog(self.folder / METRICS_FILE, self.start)
 
     # --- construction -------------------------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        """Makes the folder this run's, or refuses that of another one."""
+        claim(self.folder / RECIPE_FILE, self.recipe, kind=FineTuneRecipe)
+        claim_split(self.folder / SPLIT_FILE, self.task.split)
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Goes back to the newest checkpoint, if there is one; gives the state of its loss scaler."""
@@ -208,7 +214,7 @@ class Run:
                 if finished or done % every.checkpoint_every == 0:
                     watch_validation(self._validate_and_save(done))
                 elif stopped:  # in the seconds that are left
-                    self._save(done, scores=[], is_best=False)
+                    self._save(done, is_best=False)
                 if stopped and not finished:
                     raise Preempted(f"{self.folder}: stopped and saved at step {done}; the same command goes on")
         return self._finish()
@@ -245,23 +251,22 @@ class Run:
 
     def _validate_and_save(self, done: int) -> Validation:
         """Validates and saves everything; the best model so far stays as such."""
-        validation, scores = self.task.validate(done, self.folder / PICTURES)
+        validation = self.task.validate(done, self.folder / PICTURES)
         self.validations.append(asdict(validation))
         is_best, self.best = validation.quality > self.best, max(validation.quality, self.best)
-        self._save(done, scores=scores, is_best=is_best)
+        self._save(done, is_best=is_best)
         self._write_validations()
         return validation
 
     def _write_validations(self) -> None:
         write_text(self.folder / VALIDATION_FILE, "".join(json.dumps(each) + "\n" for each in self.validations))
 
-    def _save(self, done: int, *, scores: list[tuple], is_best: bool) -> None:
+    def _save(self, done: int, *, is_best: bool) -> None:
         state: dict[str, Any] = {
             "step": done,
             "best": self.best,
             "spent": self.clock.read(),
             "validations": self.validations,
-            "scores": scores,
             "method": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
@@ -272,9 +277,9 @@ class Run:
         """Writes the best model and how it does on each case."""
         self._write_validations()  # the last is missing when the run was killed between its checkpoint and this file
         best = torch.load(self.folder / CHECKPOINTS / BEST, map_location="cpu", weights_only=True)
-        self.task.write_scores(self.folder / SCORES_FILE, best["scores"])
+        self.model.load_state_dict(best["method"])
+        self.task.write_scores(self.folder / SCORES_FILE)  # in the precision of the validations
         model: nn.Module = self.accelerator.unwrap_model(self.trained, keep_fp32_wrapper=False)
-        model.load_state_dict(best["method"])
         model.requires_grad_(True)
         save_pretrained(model, self.folder / MODEL)
         return model.eval()

@@ -26,7 +26,8 @@ class Score:
 
     Attributes:
         dice: Twice the common voxels over the voxels of both; NaN where neither has the class.
-        hd95: In mm; NaN where neither has the class, the diagonal of the volume where one of them lacks it.
+        hd95: In mm; NaN where neither has the class or it was not asked for, the diagonal of the volume where one of
+            them lacks it.
     """
 
     case: str
@@ -36,7 +37,13 @@ class Score:
 
 
 def score_case(
-    name: str, prediction: Tensor, truth: Tensor, *, classes: Sequence[str], spacing: tuple[float, float, float]
+    name: str,
+    prediction: Tensor,
+    truth: Tensor,
+    *,
+    classes: Sequence[str],
+    spacing: tuple[float, float, float],
+    distances: bool = True,
 ) -> list[Score]:
     """Scores each class but the background.
 
@@ -46,6 +53,7 @@ def score_case(
         truth: (D, H, W) labels.
         classes: Names by label.
         spacing: In mm along (D, H, W).
+        distances: Whether to measure HD95.
     """
     diagonal = math.dist((0, 0, 0), [side * step for side, step in zip(truth.shape, spacing, strict=True)])
     scores = []
@@ -55,10 +63,10 @@ def score_case(
         if not any(sizes):
             dice = hd95 = math.nan
         elif not all(sizes):
-            dice, hd95 = 0.0, diagonal
+            dice, hd95 = 0.0, diagonal if distances else math.nan
         else:
             dice = 2 * int((ours & theirs).sum()) / sum(sizes)
-            hd95 = _hd95(ours, theirs, spacing)
+            hd95 = _hd95(ours, theirs, spacing) if distances else math.nan
         scores.append(Score(name, class_name, dice, hd95))
     return scores
 

@@ -130,9 +130,13 @@ class FineTuneRecipe(RunRecipe):
 
     @field_validator("output")
     @classmethod
-    def _no_trackers(cls, value: OutputSection) -> OutputSection:
+    def _of_pretraining(cls, value: OutputSection) -> OutputSection:
         if value.trackers:
             raise ValueError("fine-tuning has no trackers; its figures are in metrics.jsonl and validation.jsonl")
+        if value.pictures_every != OutputSection().pictures_every:
+            raise ValueError(
+                "pictures_every is of pretraining; fine-tuning draws one at each validation, every checkpoint_every"
+            )
         return value
 
     def count_labels(self, cases: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -31,19 +32,11 @@ class Validation(loop.Validation):
 
     Attributes:
         dice: Mean over cases of the mean over classes, and its 95 % interval from resampled cases.
-        hd95: Likewise, in mm.
     """
 
     step: int
     dice: float
     dice_interval: tuple[float, float]
-    hd95: float
-    hd95_interval: tuple[float, float]
-
-    @classmethod
-    def of(cls, step: int, scores: list[Score]) -> Validation:
-        dice, hd95 = (mean_of_cases(scores, metric) for metric in ("dice", "hd95"))
-        return cls(step, float(dice.mean()), bootstrap_interval(dice), float(hd95.mean()), bootstrap_interval(hd95))
 
     @property
     def quality(self) -> float:
@@ -51,7 +44,7 @@ class Validation(loop.Validation):
 
     def __str__(self) -> str:
         low, high = self.dice_interval
-        return f"Dice {self.dice:.4f} ({low:.4f} to {high:.4f}), HD95 {self.hd95:.2f} mm"
+        return f"Dice {self.dice:.4f} ({low:.4f} to {high:.4f})"
 
 
 def build_segmenter(recipe: SegmentationRecipe) -> Segmenter:
@@ -91,6 +84,13 @@ class SegmentationTask(loop.Task):
             [load_case(case, transform, num_classes=len(self.classes)) for case in cases]
             for cases in (self.split.training, self.split.validation)
         )
+        there = {label for case in self.training for label in case.labels.unique().tolist()}
+        missing = [name for label, name in enumerate(self.classes) if label and label not in there]
+        if missing:
+            raise SpecError(
+                f"{self.recipe.data}: no case that trains has the class {missing[0]!r}, which cannot be learned then; "
+                "train on more labels, or on others (seed=, fold=)"
+            )
         if not any(case.labels.any() for case in self.validation):
             raise SpecError(f"{self.recipe.data}: no case that validates has any class but {self.classes[0]}")
 
@@ -102,15 +102,26 @@ class SegmentationTask(loop.Task):
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         return self.criterion(outputs, batch["labels"])
 
-    def validate(self, step: int, pictures: Path) -> tuple[Validation, list[tuple]]:
+    def validate(self, step: int, pictures: Path) -> Validation:
         scores = []
-        for number, case in enumerate(self.validation):
-            x, inside = pad_around(case.x, self.model.img_size, value=float(case.x.min()))
-            labels = predict_labels(self.model, x, overlap=self.recipe.overlap)[inside]
-            scores += score_case(case.name, labels, case.labels, classes=self.classes, spacing=case.spacing)
+        for number, (case, labels) in enumerate(self._predictions()):
+            # Distances take longer than the prediction, and decide nothing.
+            scores += self._score(case, labels, distances=False)
             if number == 0:
                 self._draw(case, labels, step, pictures)
-        return Validation.of(step, scores), [astuple(score) for score in scores]
+        dice = mean_of_cases(scores, "dice")
+        return Validation(step, float(dice.mean()), bootstrap_interval(dice))
+
+    def _predictions(self) -> Iterator[tuple[LoadedCase, Tensor]]:
+        """The cases that validate, with the labels (D, H, W) that the model gives them."""
+        for case in self.validation:
+            x, inside = pad_around(case.x, self.model.img_size, value=float(case.x.min()))
+            yield case, predict_labels(self.model, x, overlap=self.recipe.overlap)[inside]
+
+    def _score(self, case: LoadedCase, labels: Tensor, *, distances: bool) -> list[Score]:
+        return score_case(
+            case.name, labels, case.labels, classes=self.classes, spacing=case.spacing, distances=distances
+        )
 
     def _draw(self, case: LoadedCase, labels: Tensor, step: int, pictures: Path) -> None:
         segmentation_picture(
@@ -122,8 +133,8 @@ class SegmentationTask(loop.Task):
             title=f"{case.name}, step {step}",
         )
 
-    def write_scores(self, path: Path, scores: list[tuple]) -> None:
-        write_scores(path, [Score(*each) for each in scores])
+    def write_scores(self, path: Path) -> None:
+        write_scores(path, [score for found in self._predictions() for score in self._score(*found, distances=True)])
 
 
 def write_scores(path: Path, scores: list[Score]) -> None:
