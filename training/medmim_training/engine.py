@@ -80,7 +80,7 @@ def pretrain(
             processes does not fit.
         NonFiniteLossError: When the loss is no number any more.
         CheckpointError: When the disk is full.
-        Preempted: After SIGTERM; the run has saved itself.
+        Preempted: After SIGTERM or Ctrl-C; the run has saved itself.
     """
     return _Run(recipe, store, Path(folder), sharded=sharded).train(watch)
 
