@@ -3,8 +3,8 @@
     python training/benchmarks/crops.py
 
 Every way gives the same crop as float32, the store into memory that is used again, as in training. `torch.load` of the
-whole cached volume is what MONAI's PersistentDataset does for each item; zarr takes part when it is installed. All files
-are in the page cache after the first round.
+whole cached volume is what MONAI's PersistentDataset does for each item; zarr takes part when it is installed. All
+files are in the page cache after the first round.
 """
 
 from __future__ import annotations

@@ -73,6 +73,8 @@ class CropDataset(Samples):
             )
         weights = np.array([min(entry.foreground, np.prod(size)) for entry in store.entries], dtype=np.float64)
         weights **= foreground_power
+        if not weights.any():  # no scan has foreground, so none has more than another
+            weights[:] = 1
         self.cumulative = np.cumsum(weights / weights.sum())
         self._forget()
 
@@ -135,6 +137,8 @@ class CropDataset(Samples):
         if not self.foreground_share or generator.random() >= self.foreground_share:
             return anywhere(entry.shape, self.size, generator)
         blocks = entry.occupied_blocks()  # (blocks, 4): share of foreground, first voxel
+        if not len(blocks):
+            return anywhere(entry.shape, self.size, generator)
         share, corner = blocks[:, 0], blocks[:, 1:]
         block = generator.choice(len(blocks), p=share / share.sum())
         return around(corner[block] + generator.integers(0, BLOCK, size=3), entry.shape, self.size)

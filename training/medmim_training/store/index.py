@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -108,6 +109,12 @@ class Store:
         if rule == self.volume.intensity.get(entry.modality):
             return entry.intensity
         return self._other_intensity(position, rule)
+
+    def digest(self) -> str:
+        """The sha256 of what the store holds: which scans, and how they were prepared."""
+        scans = [[e.id, e.source, e.sha256, e.modality, e.channels, e.shape, e.offset] for e in self.entries]
+        text = json.dumps([self.volume.to_data(), scans], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @cache  # noqa: B019 - a store lives as long as the run
     def _other_intensity(self, position: int, rule) -> IntensityMap:

@@ -24,12 +24,13 @@ from medmim.factory import save_pretrained
 from medmim.files import write_text
 from medmim.limits import LIST_BYTES, read_json
 from medmim_training.checkpoint import BEST, load_latest, save_checkpoint
+from medmim_training.claims import claim
 from medmim_training.engine import CHECKPOINTS, METRICS_FILE, PICTURES, PRIME, RECIPE_FILE, NonFiniteLossError
 from medmim_training.loading import Samples, batches
 from medmim_training.optimization import create_optimizer, create_schedule
-from medmim_training.precision import usable_precision
+from medmim_training.precision import forget_precision, usable_precision
 from medmim_training.preemption import Preempted, stop_requests
-from medmim_training.record import Clock, Meter, MetricsLog, Report, claim
+from medmim_training.record import Clock, Meter, MetricsLog, Report
 from medmim_training.tasks.cases import Case, Split, choose, split_cases
 from medmim_training.tasks.recipe import FineTuneRecipe
 
@@ -136,6 +137,7 @@ class Run:
     def __init__(self, task: Task, folder: str | Path) -> None:
         self.task, self.recipe, self.model, self.folder = task, task.recipe, task.model, Path(folder)
         recipe, precision = self.recipe, usable_precision(self.recipe)
+        forget_precision()
         self.accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision, cpu=not torch.cuda.is_available()
         )
