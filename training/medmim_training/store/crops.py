@@ -121,9 +121,8 @@ class CropDataset(Samples):
         starts = self.views.starts(self._first(entry, generator), entry.shape, self.size, generator)
         for start, x, inside in zip(starts, out["x"].numpy(), out["inside"].numpy(), strict=True):
             self._crop(position, start, generator, x, inside)
-        out["boxes"].numpy()[:] = np.concatenate([starts, starts + np.array(self.size)], axis=1) / np.tile(
-            entry.shape, 2
-        )
+        boxes = np.concatenate([starts, starts + np.array(self.size)], axis=1)
+        out["boxes"].numpy()[:] = boxes / np.tile(entry.shape, 2)
         out["volume"].fill_(position)
         out["index"].fill_(index)
 
@@ -156,7 +155,7 @@ class CropDataset(Samples):
                 part = np.flip(part, axis + 1)
                 inside[axis] = self.size[axis] - inside[axis, ::-1]
         if part.shape != x.shape:
-            x[:] = mapping.apply(np.float32(entry.minimum))
+            mapping.write(np.full(1, entry.minimum), x)
         mapping.write(part, x[:, *(slice(first, stop) for first, stop in inside)])
 
     def _read_part(self, position: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
