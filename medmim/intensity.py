@@ -48,6 +48,18 @@ class IntensityMap:
         scaled = (x - self.low) * (1 / self.range)
         return scaled.clip(0, 1) if self.clip else scaled
 
+    def write(self, x: np.ndarray, out: np.ndarray) -> None:
+        """What `apply` gives for `x` as float32, bit for bit, written to `out`.
+
+        Args:
+            x: Of any type and of the shape of `out`, or one value.
+            out: Float32.
+        """
+        np.subtract(x, self.low, out=out, dtype=np.float32, casting="unsafe")
+        np.multiply(out, 1 / self.range, out=out)
+        if self.clip:
+            np.clip(out, 0, 1, out=out)
+
     def inverse(self, x: Array) -> Array:
         """Network units to scan units; what was clipped stays at the limit it was clipped to."""
         return x * self.range + self.low

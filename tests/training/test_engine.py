@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,6 +21,10 @@ from medmim_training.checkpoint import CheckpointError, load_latest
 from medmim_training.engine import NonFiniteLossError, build_method, pretrain
 from medmim_training.preemption import Preempted
 from medmim_training.recipe import Recipe
+from medmim_training.store.index import Store
+from medmim_training.store.prepare import prepare
+from medmim_training.store.sources import find_sources
+from synthetic import write_scan
 
 GOLDEN = Path(__file__).parent / "golden_loss.json"
 
@@ -233,3 +239,101 @@ def test_a_full_disk_loses_nothing(finished, recipe, store, tmp_path, monkeypatc
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.pt", "step-00000005.pt"]
     resumed = pretrain(recipe, store, tmp_path).state_dict()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in finished[0].state_dict().items())
+
+
+def test_samples_that_are_compared_are_computed_at_once(recipe, store, tmp_path):
+    """In parts, SimCLR would know only the others of a part, and nothing at one sample a part."""
+    simclr = {"name": "simclr", "args": {"hidden_dim": 16, "out_dim": 8}}
+    with pytest.raises(SpecError, match=r"simclr compares all samples of a batch.*set accumulate to 1"):
+        pretrain(changed(recipe, method=simclr, accumulate=2), store, tmp_path)
+    with pytest.raises(SpecError, match="set batch_size to 2 or more"):
+        pretrain(changed(recipe, method=simclr, batch_size=1), store, tmp_path / "one")
+
+
+def test_a_run_keeps_to_its_store(recipe, store, tmp_path):
+    short = changed(recipe, schedule={"steps": 1})
+    pretrain(short, store, tmp_path)
+    fewer = Store(store.folder)
+    fewer.entries = fewer.entries[:2]
+    with pytest.raises(
+        SpecError, match=r"store\.json: the run drew from .*, of 3 volumes; .*, of 2, holds other scans"
+    ):
+        pretrain(short, fewer, tmp_path)
+    (tmp_path / "store.json").unlink()  # as of an older medmim
+    pretrain(short, store, tmp_path)
+    assert (tmp_path / "store.json").is_file()
+
+
+def test_a_copy_of_a_store_is_the_same_store(recipe, store, tmp_path):
+    shutil.copytree(store.folder, tmp_path / "elsewhere")
+    assert Store(tmp_path / "elsewhere").digest() == store.digest()
+
+
+def test_how_a_run_is_carried_out_may_change(finished, recipe, store, tmp_path):
+    with pytest.raises(Interrupted):
+        pretrain(recipe, store, tmp_path, watch=stop_at(6))
+    output = {**recipe.output.model_dump(), "pictures_every": 7}
+    other = changed(recipe, output=output, data={**recipe.data.model_dump(), "workers": 1})
+    resumed = pretrain(other, store, tmp_path).state_dict()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in finished[0].state_dict().items())
+    assert "pictures_every: 7" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_what_differs_from_the_recipe_that_ran_is_named(finished, recipe, store):
+    optimizer = {**recipe.optimizer.model_dump(), "lr": 0.5}
+    with pytest.raises(SpecError, match=r"optimizer\.lr was 0\.002 and is now 0\.5; seed was 0 and is now 1"):
+        pretrain(changed(recipe, optimizer=optimizer, seed=1), store, finished[1])
+
+
+def test_a_tracker_that_is_not_installed_is_named_at_the_start(recipe, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    output = {**recipe.output.model_dump(), "trackers": ["wandb"]}
+    with pytest.raises(SpecError, match="wandb is not installed; pip install wandb"):
+        pretrain(changed(recipe, output=output), store, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_of_several_precisions_in_one_process(recipe, store, tmp_path):
+    for precision in ("fp32", "bf16", "fp32"):
+        pretrain(changed(recipe, precision=precision, schedule={"steps": 1}), store, tmp_path / precision)
+    curves = [losses(tmp_path / precision) for precision in ("fp32", "bf16")]
+    assert curves[0] != curves[1]
+
+
+def test_scans_of_other_channels_than_the_encoder_takes_are_refused(recipe, store, tmp_path):
+    model = {**recipe.model.model_dump(), "args": {**recipe.model.args, "in_chans": 2}}
+    with pytest.raises(SpecError, match=r"has 1 channels and the encoder takes 2"):
+        pretrain(changed(recipe, model=model), store, tmp_path)
+
+
+def test_the_average_is_where_the_weights_are(recipe, store, tmp_path, monkeypatch):
+    """As on a GPU, here on torch's device without memory: timm copies the weights where they lie when it is made."""
+
+    class Elsewhere(Accelerator):
+        device = torch.device("meta")
+
+    places = []
+
+    def copied(method, decay):
+        places.append({weight.device.type for weight in method.parameters()})
+        raise Interrupted
+
+    monkeypatch.setattr(engine, "Accelerator", Elsewhere)
+    monkeypatch.setattr(engine, "ModelEmaV3", copied)
+    with pytest.raises(Interrupted):
+        pretrain(changed(recipe, ema=0.9), store, tmp_path)
+    assert places == [{"meta"}]
+
+
+@pytest.mark.parametrize("method", ["mae", "simclr"])
+@pytest.mark.parametrize("shape", [(3, 5, 4), (40, 3, 3)], ids=["tiny", "thin"])
+def test_scans_smaller_than_a_crop_train(recipe, tmp_path, method, shape):
+    """Most hidden patches have no voxel of the scan inside of them, in some crops all."""
+    (tmp_path / "scans").mkdir()
+    write_scan(tmp_path / "scans/a.nii.gz", shape, seed=1)
+    prepare(find_sources(tmp_path / "scans"), tmp_path / "store", volume=recipe.volume)
+    data = {"foreground_share": 0.5, "workers": 0}
+    args = {"mae": recipe.method.args, "simclr": {"hidden_dim": 16, "out_dim": 8}}[method]
+    small = changed(recipe, method={"name": method, "args": args}, data=data, schedule={"steps": 3})
+    pretrain(small, Store(tmp_path / "store"), tmp_path / "run")
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -84,10 +85,13 @@ def test_a_process_killed_outright_resumes_bit_for_bit(finished, recipe, store, 
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in finished[0].state_dict().items())
 
 
-def test_two_processes_train_as_one(recipe, store, tmp_path):
-    """DDP over gloo on halves of each batch, against one process on whole ones."""
+@pytest.mark.parametrize("method", ["mae", "simclr"])
+def test_two_processes_train_as_one(recipe, store, tmp_path, method):
+    """DDP over gloo on halves of each batch, against one process on whole ones; SimCLR compares across them."""
     plain = {**recipe.model.model_dump(), "args": {**recipe.model.args, "drop_path_rate": 0.0}}
-    recipe = Recipe.model_validate({**recipe.model_dump(), "model": plain, "schedule": {"steps": 8, "warmup": 2}})
+    args = {"mae": recipe.method.args, "simclr": {"hidden_dim": 16, "out_dim": 8}}[method]
+    settings = {"model": plain, "method": {"name": method, "args": args}, "schedule": {"steps": 8, "warmup": 2}}
+    recipe = Recipe.model_validate({**recipe.model_dump(), **settings})
     one = pretrain(recipe, store, tmp_path / "one").state_dict()
     two = tmp_path / "two"
     subprocess.run(command(recipe, store, two, processes=2), env=environment(), check=True, capture_output=True)
@@ -149,3 +153,57 @@ def test_a_preempted_command_has_its_own_exit_code(recipe, store, tmp_path):
     assert process.returncode == 75, errors
     assert "stopped and saved at step" in errors
     assert load_latest(folder / "checkpoints")["step"] >= 1
+
+
+def with_a_reader(recipe: Recipe) -> Recipe:
+    return Recipe.model_validate({**recipe.model_dump(), "data": {**recipe.data.model_dump(), "workers": 1}})
+
+
+def group_of_its_own(command: list[str], folder: Path) -> subprocess.Popen[str]:
+    """A run as a shell or a scheduler starts it, in its third step or later."""
+    process = subprocess.Popen(
+        command, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.01)
+    return process
+
+
+def alive(group: int) -> list[str]:
+    """What runs in a process group; the dead of whom nobody has asked do not."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                found.append((stat.parent / "cmdline").read_text())
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_whole_group_saves_the_run(recipe, store, tmp_path, number):
+    """As Slurm, torchrun and a terminal send it: the process that reads crops gets it, too."""
+    folder, recipe = tmp_path / "run", with_a_reader(recipe)
+    process = group_of_its_own(command(recipe, store, folder, "schedule.steps=100000"), folder)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "stopped and saved at step" in errors
+    assert "Traceback" not in errors
+    assert load_latest(folder / "checkpoints")["step"] >= 3
+    assert alive(process.pid) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at /proc")
+def test_readers_end_with_a_run_that_is_killed(recipe, store, tmp_path):
+    folder = tmp_path / "run"
+    process = group_of_its_own(command(with_a_reader(recipe), store, folder, "schedule.steps=100000"), folder)
+    assert len(alive(process.pid)) >= 2
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive(process.pid) == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import shutil
 
 import nibabel as nib
@@ -330,3 +332,26 @@ def test_a_look_at_a_store(store, tmp_path):
         draw(store, tmp_path / "picture.png")
         picture = imread(tmp_path / "picture.png")
         assert picture[..., :3].std() > 0.05
+
+
+def test_scans_without_foreground_are_drawn_alike(store, recipe):
+    """Also where crops are to be around foreground: there is none to be around."""
+    empty = Store(store.folder)
+    blocks = [base64.b64encode(bytes(math.prod(-(-side // 16) for side in e.shape))).decode() for e in store.entries]
+    changed = [{"foreground": 0, "occupancy": each} for each in blocks]
+    empty.entries = [entry.model_copy(update=each) for entry, each in zip(store.entries, changed, strict=True)]
+    crops = dataset(empty, recipe, length=60, foreground_share=1.0)
+    assert {int(crops[index]["volume"]) for index in range(60)} == {0, 1, 2}
+
+
+def test_a_volume_that_goes_missing_or_is_damaged_is_named(store, recipe, tmp_path):
+    shutil.copytree(store.folder, tmp_path / "store")
+    crops = dataset(Store(tmp_path / "store"), recipe)
+    path = tmp_path / "store" / "volumes" / f"{store.entries[crops.volume_of(0)].id}.b2nd"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes(len(whole) - 300) + whole[-100:])
+    with pytest.raises(SpecError, match=rf"{path.name}: .*prepare again"):
+        crops[0]
+    path.unlink()
+    with pytest.raises(SpecError, match=rf"{path.name}: cannot be opened"):
+        dataset(Store(tmp_path / "store"), recipe)[0]

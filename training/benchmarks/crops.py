@@ -2,8 +2,9 @@
 
     python training/benchmarks/crops.py
 
-Every way gives the same crop as float32. `torch.load` of the whole cached volume is what MONAI's PersistentDataset does
-for each item; zarr takes part when it is installed. All files are in the page cache after the first round.
+Every way gives the same crop as float32, the store into memory that is used again, as in training. `torch.load` of the
+whole cached volume is what MONAI's PersistentDataset does for each item; zarr takes part when it is installed. All
+files are in the page cache after the first round.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import typer
 from common import RESULTS, compare, take_turns, write_result
 
-from medmim_training.store.index import VOLUMES, open_array, read_array, write_array
+from medmim_training.store.index import VOLUMES, open_array, read_box, write_array
 
 CHUNK = 96
 
@@ -79,7 +80,7 @@ def write_all(volume: np.ndarray, folder: Path) -> tuple[dict[str, Callable], di
         zip(
             paths,
             (
-                lambda place: read_array(open_array(own, (1, *volume.shape)), (slice(None), *place))[0],
+                StoreReader(own, (1, *volume.shape)),
                 lambda place: torch.load(torch_file, weights_only=True)[tuple(place)].numpy(),
                 lambda place: np.load(numpy_file, mmap_mode="r")[tuple(place)],
                 lambda place: np.asarray(nib.load(nifti).dataobj)[tuple(place)],
@@ -99,9 +100,25 @@ def write_all(volume: np.ndarray, folder: Path) -> tuple[dict[str, Callable], di
     return ways, {way: _size(path) for way, path in paths.items()}
 
 
+class StoreReader:
+    """Reads crops as `CropDataset` does: the file is opened for each, memory is kept."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+        self.path, self.shape, self.stored, self.crop = path, shape, None, None
+
+    def __call__(self, place: list[slice]) -> np.ndarray:
+        array = open_array(self.path, self.shape)
+        if self.stored is None:
+            size = [part.stop - part.start for part in place]
+            self.stored, self.crop = np.empty((1, *size), array.dtype), np.empty(size, np.float32)
+        read_box(array, (0, *(part.start for part in place)), (1, *(part.stop for part in place)), self.stored)
+        np.copyto(self.crop, self.stored[0])
+        return self.crop
+
+
 def check(crop: np.ndarray, expected: np.ndarray) -> None:
     """Makes the crop what a network takes; it must be the right one."""
-    crop = np.asarray(crop).astype(np.float32)
+    crop = np.asarray(crop, dtype=np.float32)
     assert crop[0, 0, 0] == expected[0, 0, 0]
     assert crop[-1, -1, -1] == expected[-1, -1, -1]
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 
@@ -23,19 +24,20 @@ from medmim.errors import MedmimError, SpecError
 from medmim.factory import create_model
 from medmim.pictures import reconstruction_picture
 from medmim_training.checkpoint import load_latest, save_checkpoint
+from medmim_training.claims import claim, claim_store
 from medmim_training.loading import batches
 from medmim_training.methods import MethodOutput, create_method
 from medmim_training.optimization import clip_gradients, create_optimizer, create_schedule
-from medmim_training.precision import usable_precision
+from medmim_training.precision import forget_precision, usable_precision
 from medmim_training.preemption import Preempted, stop_requests
 from medmim_training.recipe import Recipe
-from medmim_training.record import Clock, Meter, MetricsLog, Report, claim, write_record
+from medmim_training.record import Clock, Meter, MetricsLog, Report, write_record
 from medmim_training.sharding import load_whole, repeated_parts, shard, whole
 from medmim_training.starting import start_from_weights
 from medmim_training.store.crops import CropDataset
 from medmim_training.store.index import Store
 
-RECIPE_FILE, METRICS_FILE, RECORD_FILE = "recipe.yaml", "metrics.jsonl", "record.json"
+RECIPE_FILE, CLAIM_FILE, METRICS_FILE, RECORD_FILE = "recipe.yaml", "store.json", "metrics.jsonl", "record.json"
 CHECKPOINTS, PICTURES, TRACKER = "checkpoints", "pictures", "curves"
 
 PRIME = 15_485_863  # keeps the samples of different seeds apart
@@ -66,8 +68,8 @@ def pretrain(
     Args:
         recipe: What to train.
         store: Crops come from here.
-        folder: `recipe.yaml`, `metrics.jsonl`, `checkpoints/`, `pictures/` and, at the end, `record.json`. When it
-            holds a checkpoint of the same recipe, training resumes there.
+        folder: `recipe.yaml`, `store.json` (which store), `metrics.jsonl`, `checkpoints/`, `pictures/` and, at the
+            end, `record.json`. When it holds a checkpoint of the same recipe and store, training resumes there.
         sharded: Splits weights, gradients and moments over the processes (FSDP2), for what is too large for one GPU;
             a run may go on with another choice and another number of processes.
         watch: Called by the first process every `output.log_every` steps.
@@ -76,11 +78,11 @@ def pretrain(
         The trained method; with `ema`, its average. With `sharded`, of its weights this process's share (DTensors).
 
     Raises:
-        SpecError: When the folder holds another recipe's run, or the store, the batch, the precision or the number of
-            processes does not fit.
+        SpecError: When the folder holds a run of another recipe or store, or the store, the batch, the precision or
+            the number of processes does not fit.
         NonFiniteLossError: When the loss is no number any more.
         CheckpointError: When the disk is full.
-        Preempted: After SIGTERM; the run has saved itself.
+        Preempted: After SIGTERM or Ctrl-C; the run has saved itself.
     """
     return _Run(recipe, store, Path(folder), sharded=sharded).train(watch)
 
@@ -109,13 +111,16 @@ class _Run:
         self.writes = self.accelerator.is_main_process
         if self.writes:
             claim(folder / RECIPE_FILE, recipe, kind=Recipe)
+            claim_store(folder / CLAIM_FILE, store)
         self.accelerator.init_trackers(TRACKER)
 
         checkpoint = load_latest(folder / CHECKPOINTS) or {}
         self.start, self.best = checkpoint.get("step", 0), checkpoint.get("best", math.inf)
         self.clock = Clock(checkpoint.get("spent"))
         self.method = build_method(recipe)
+        self._check_method()
         self.before = start_from_weights(self.method, recipe)
+        self.method.to(self.accelerator.device)  # before it is copied: an average elsewhere could not be updated
         self.average = ModelEmaV3(self.method, decay=recipe.ema) if recipe.ema else None
         if checkpoint:
             self.method.load_state_dict(checkpoint["method"])
@@ -144,6 +149,10 @@ class _Run:
         recipe, precision = self.recipe, usable_precision(self.recipe)
         if precision == "fp16" and self.sharded:
             raise SpecError(f"{recipe.name}: split weights are not trained in fp16; use precision=bf16")
+        for tracker in recipe.output.trackers:
+            if find_spec(tracker) is None:
+                raise SpecError(f"output.trackers: {tracker} is not installed; pip install {tracker}, or leave it out")
+        forget_precision()
         accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
             log_with=list(recipe.output.trackers) or None,
@@ -158,6 +167,23 @@ class _Run:
         if self.sharded and accelerator.num_processes == 1:
             raise SpecError("--shard splits weights over processes, and there is one; start several with torchrun")
         return accelerator
+
+    def _check_method(self) -> None:
+        """Refuses what the method cannot do with this recipe or these scans."""
+        recipe, channels = self.recipe, self.method.encoder.in_chans
+        if self.method.compares_samples and recipe.accumulate > 1:
+            raise SpecError(
+                f"{recipe.name}: {recipe.method.name} compares all samples of a batch, which parts one after the "
+                "other do not have at once; set accumulate to 1, and take more processes or a smaller batch_size"
+            )
+        if self.method.compares_samples and recipe.batch_size < 2:
+            raise SpecError(f"{recipe.name}: {recipe.method.name} compares samples; set batch_size to 2 or more")
+        for entry in self.store.entries:
+            if entry.channels != channels:
+                raise SpecError(
+                    f"{self.store.folder}: {entry.source} has {entry.channels} channels and the encoder takes "
+                    f"{channels}; set model.args.in_chans, or prepare a store of scans that fit"
+                )
 
     def _part_size(self) -> int:
         """Samples that this process computes at once."""

@@ -38,3 +38,14 @@ def usable_precision(recipe: RunRecipe) -> str:
     if precision == "fp16" and not torch.cuda.is_available():
         raise SpecError(f"{recipe.name}: precision fp16 needs a GPU; precision=auto takes what this machine can do")
     return precision
+
+
+def forget_precision() -> None:
+    """Lets the next `Accelerator` of this process have another number format than the one before.
+
+    Accelerate keeps the first for the life of the process, and has no other way to give it up. How the processes of a
+    run talk to each other stays.
+    """
+    from accelerate.state import AcceleratorState  # takes a second, and recipes import this file
+
+    AcceleratorState._reset_state(reset_partial_state=False)

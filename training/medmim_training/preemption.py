@@ -1,11 +1,19 @@
-"""Being told to stop: a scheduler sends SIGTERM some time before it kills."""
+"""Being told to stop: a scheduler sends SIGTERM some time before it kills, a person presses Ctrl-C.
+
+Both reach all processes of a group, or of a job. The one that trains saves and stops; those that read for it must not
+hear of it, since it needs them until then.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from types import FrameType
 
 from medmim.errors import MedmimError
@@ -17,12 +25,15 @@ class Preempted(MedmimError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h, "try again later": for a scheduler to requeue
 
 
+STOPS = signal.SIGTERM, signal.SIGINT
+
+
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM sets, in place of ending the process; what it did before is put back afterwards.
+    """Yields an event that SIGTERM and SIGINT set, in place of ending the process, as they do again afterwards.
 
-    Within another one, it is that one's event: whoever runs several things hears of it too. Outside of the main thread,
-    where Python allows no handler, the event is never set.
+    A second SIGINT is a KeyboardInterrupt as ever. Within another one, it is that one's event: whoever runs several
+    things hears of it too. Outside of the main thread, where Python allows no handler, the event is never set.
     """
     before = signal.getsignal(signal.SIGTERM)
     if isinstance(before, _SetEvent):
@@ -32,11 +43,12 @@ def stop_requests() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield handler.event
         return
-    signal.signal(signal.SIGTERM, handler)
+    replaced = {number: signal.signal(number, handler) for number in STOPS}
     try:
         yield handler.event
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, former in replaced.items():
+            signal.signal(number, former)
 
 
 class _SetEvent:
@@ -46,4 +58,24 @@ class _SetEvent:
         self.event = threading.Event()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.event.is_set():
+                raise KeyboardInterrupt
+            # Not print, which may be what the signal came in between of.
+            os.write(2, b"stopping after this step; once more to stop at once\n")
         self.event.set()
+
+
+def start_unreachable(process: BaseProcess) -> None:
+    """Starts a process that neither SIGTERM nor SIGINT reaches, not even while it starts."""
+    if sys.platform == "win32":
+        process.start()
+        return
+    # Starting the first process starts this one before it, and lets the signals through again (Python 3.11).
+    resource_tracker.ensure_running()
+    # Inherited by the process, for its life; what arrives here meanwhile is held back, not lost.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -17,7 +17,8 @@ from medmim.publish import catalog_entry, save_with_golden
 from medmim.reconstruction import reconstruct_scan
 from medmim.spec import Evidence, ModelSpec, TrainingRecord
 from medmim_training.checkpoint import load_latest
-from medmim_training.engine import CHECKPOINTS, RECIPE_FILE, RECORD_FILE, build_method
+from medmim_training.claims import check_store
+from medmim_training.engine import CHECKPOINTS, CLAIM_FILE, RECIPE_FILE, RECORD_FILE, build_method
 from medmim_training.recipe import load_recipe
 from medmim_training.store.index import Store
 
@@ -49,11 +50,12 @@ def package(
         The spec that `config.json` holds.
 
     Raises:
-        SpecError: When the run is not finished.
+        SpecError: When the run is not finished, or was on another store.
     """
     run, folder = Path(run), Path(folder)
     if not (run / RECORD_FILE).is_file():
         raise SpecError(f"{run}: no finished run ({RECORD_FILE} is missing); `medmim-train pretrain` goes on with it")
+    check_store(run / CLAIM_FILE, store)
     training = TrainingRecord.parse(read_json(run / RECORD_FILE, CONFIG_BYTES), source=str(run / RECORD_FILE))
     recipe = load_recipe(str(run / RECIPE_FILE))
     method = build_method(recipe)

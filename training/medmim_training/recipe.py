@@ -138,9 +138,16 @@ class OutputSection(Section):
 
 
 class RunRecipe(Section):
-    """What every kind of recipe has; `of_tasks` says whether the packaged ones are those in the folder finetune."""
+    """What every kind of recipe has.
+
+    Attributes:
+        of_tasks: Whether the packaged ones are those in the folder finetune.
+        free: Keys, or sections, that a run may change when it goes on: they say how it is carried out, not what comes
+            of it.
+    """
 
     of_tasks: ClassVar[bool] = False
+    free: ClassVar[tuple[str, ...]] = ()
 
     name: str
     summary: str
@@ -165,6 +172,8 @@ class Recipe(RunRecipe):
         precision: Of the arithmetic, under autocast; weights are float32. "auto" is bf16 where the hardware has it.
         compile: Compiles the parts that the encoder repeats, its blocks; worth its minutes on a GPU.
     """
+
+    free: ClassVar[tuple[str, ...]] = "data.workers", "accumulate", "output"
 
     model: ModelSection
     method: MethodSection

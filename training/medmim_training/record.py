@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 
-from medmim.errors import SpecError
 from medmim.files import write_text
 from medmim.limits import LIST_BYTES, parse_json, read_text
 from medmim.spec import DataSource, Record, TrainingRecord
-from medmim_training.recipe import Recipe, RunRecipe, load_recipe
+from medmim_training.recipe import Recipe
 from medmim_training.store.index import Store
 
 RECENT = 20  # reports that the final loss is the mean of: one batch's loss says little
@@ -204,20 +203,3 @@ def _hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"
-
-
-def claim(path: Path, recipe: RunRecipe, *, kind: type[RunRecipe]) -> None:
-    """Writes the recipe of a run that begins, or checks that the run that is there is this recipe's.
-
-    Args:
-        path: The recipe in the run's folder, which is made.
-        recipe: Of the run.
-        kind: Of recipes that may be there.
-
-    Raises:
-        SpecError: When another recipe ran there.
-    """
-    # Read, not compared as text: a run from before a key existed has that key's default.
-    if path.is_file() and load_recipe(str(path), kind=kind).to_yaml() != recipe.to_yaml():
-        raise SpecError(f"{path}: another recipe ran here; choose another folder, or that recipe to go on with its run")
-    write_text(path, recipe.to_yaml())

@@ -1,8 +1,9 @@
 """What every method gives the engine, and the few lines that methods share.
 
 A method is a module made of the encoder it is given (`encoder`) and of what is thrown away afterwards. It has
-`views`, the boxes that make a sample; `forward(batch, generator) -> MethodOutput`; `no_weight_decay()`; and
-`decoder_spec`, what builds its `decoder` elsewhere when that is published beside the encoder, else None.
+`views`, the boxes that make a sample; `forward(batch, generator) -> MethodOutput`; `no_weight_decay()`;
+`decoder_spec`, what builds its `decoder` elsewhere when that is published beside the encoder, else None; and
+`compares_samples`, whether the loss of a batch is another than the mean of its parts' losses.
 """
 
 from __future__ import annotations

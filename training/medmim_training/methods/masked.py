@@ -38,7 +38,7 @@ class MaskedModelling(nn.Module):
         ValueError: For an unknown choice, or units that do not divide the input.
     """
 
-    views = OneCrop()
+    views, compares_samples = OneCrop(), False
 
     def __init__(
         self,

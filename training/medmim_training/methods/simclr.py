@@ -33,7 +33,7 @@ class SimCLR(nn.Module):
         ValueError: For a temperature or an overlap out of range.
     """
 
-    decoder_spec = None
+    decoder_spec, compares_samples = None, True
 
     def __init__(
         self,

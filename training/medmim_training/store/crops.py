@@ -6,23 +6,25 @@ sample is drawn twice, and a resumed run goes on at the sample where it stopped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import blosc2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from medmim.errors import SpecError
 from medmim.spec import VolumeSpec
-from medmim_training.store.index import BLOCK, Store, StoreEntry, read_array
+from medmim_training.loading import Samples
+from medmim_training.store.index import BLOCK, Store, StoreEntry, read_box
 from medmim_training.store.views import OneCrop, Views, anywhere, around
 
 VOLUME_STREAM, CROP_STREAM = 0, 1  # independent random streams of one seed
 
 
-class CropDataset(Dataset):
+class CropDataset(Samples):
     """An endless sequence of samples, cut to `length`.
 
     A volume is drawn with a probability that grows with its foreground up to one crop's worth of voxels: a scan smaller
@@ -71,8 +73,22 @@ class CropDataset(Dataset):
             )
         weights = np.array([min(entry.foreground, np.prod(size)) for entry in store.entries], dtype=np.float64)
         weights **= foreground_power
+        if not weights.any():  # no scan has foreground, so none has more than another
+            weights[:] = 1
         self.cumulative = np.cumsum(weights / weights.sum())
+        self._forget()
+
+    def _forget(self) -> None:
         self._open: tuple[int, blosc2.NDArray] | None = None
+        self._memory = np.empty(0, np.uint8)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process gets: all but what was read, and the file that is open."""
+        return {name: value for name, value in vars(self).items() if name not in ("_open", "_memory")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     def __len__(self) -> int:
         return self.length
@@ -86,19 +102,29 @@ class CropDataset(Dataset):
             axis of a crop that lies inside the volume, and the one behind the last. "volume": its number in the store.
             "index": of the sample.
         """
+        count, channels = self.views.count, self.store.entries[self.volume_of(index)].channels
+        sample = {
+            "x": torch.empty(count, channels, *self.size),
+            "boxes": torch.empty(count, 6),
+            "inside": torch.empty(count, 3, 2, dtype=torch.int64),
+            "volume": torch.empty((), dtype=torch.int64),
+            "index": torch.empty((), dtype=torch.int64),
+        }
+        self.read(index, sample)
+        return sample
+
+    def read(self, index: int, out: dict[str, Tensor]) -> None:
+        """Writes sample `index` to `out`, with no copy in between."""
         position = self.volume_of(index)
-        entry, mapping = self.store.entries[position], self.store.intensity(position, self.volume)
+        entry = self.store.entries[position]
         generator = np.random.default_rng([self.seed, CROP_STREAM, index])
         starts = self.views.starts(self._first(entry, generator), entry.shape, self.size, generator)
-        crops, inside = zip(*(self._crop(position, start, generator) for start in starts), strict=True)
-        boxes = np.concatenate([starts, starts + np.array(self.size)], axis=1) / np.tile(entry.shape, 2)
-        return {
-            "x": torch.from_numpy(mapping.apply(np.stack(crops))),
-            "boxes": torch.from_numpy(boxes.astype(np.float32)),
-            "inside": torch.tensor(inside),
-            "volume": torch.tensor(position),
-            "index": torch.tensor(index),
-        }
+        for start, x, inside in zip(starts, out["x"].numpy(), out["inside"].numpy(), strict=True):
+            self._crop(position, start, generator, x, inside)
+        boxes = np.concatenate([starts, starts + np.array(self.size)], axis=1)
+        out["boxes"].numpy()[:] = boxes / np.tile(entry.shape, 2)
+        out["volume"].fill_(position)
+        out["index"].fill_(index)
 
     def volume_of(self, index: int) -> int:
         """The number in the store of the volume that sample `index` is taken from."""
@@ -110,28 +136,37 @@ class CropDataset(Dataset):
         if not self.foreground_share or generator.random() >= self.foreground_share:
             return anywhere(entry.shape, self.size, generator)
         blocks = entry.occupied_blocks()  # (blocks, 4): share of foreground, first voxel
+        if not len(blocks):
+            return anywhere(entry.shape, self.size, generator)
         share, corner = blocks[:, 0], blocks[:, 1:]
         block = generator.choice(len(blocks), p=share / share.sum())
         return around(corner[block] + generator.integers(0, BLOCK, size=3), entry.shape, self.size)
 
-    def _crop(self, position: int, start: np.ndarray, generator: np.random.Generator):
-        """The crop (C, *size), and from where to where it is inside the volume along each axis."""
-        entry = self.store.entries[position]
-        crop = np.full((entry.channels, *self.size), entry.minimum, dtype=np.float32)
-        source, target = [slice(None)], [slice(None)]
-        for begin, stored, wanted in zip(start.tolist(), entry.shape, self.size, strict=True):
-            low, high = max(begin, 0), min(begin + wanted, stored)
-            source.append(slice(low, high))
-            target.append(slice(low - begin, high - begin))
-        crop[tuple(target)] = read_array(self._array(position), tuple(source))
-        inside = [(place.start, place.stop) for place in target[1:]]
-        mirrored = [axis for axis in self.mirror_axes if generator.random() < 0.5]
-        for axis in mirrored:
-            first, stop = inside[axis]
-            inside[axis] = self.size[axis] - stop, self.size[axis] - first
-        return np.flip(crop, [axis + 1 for axis in mirrored]), inside
+    def _crop(
+        self, position: int, start: np.ndarray, generator: np.random.Generator, x: np.ndarray, inside: np.ndarray
+    ) -> None:
+        """Writes the crop to `x` (C, *size), and from where to where it is inside of the volume to `inside` (3, 2)."""
+        entry, mapping = self.store.entries[position], self.store.intensity(position, self.volume)
+        low, high = np.maximum(start, 0), np.minimum(start + np.array(self.size), entry.shape)
+        part = self._read_part(position, low, high)
+        inside[:] = np.stack([low - start, high - start], axis=1)
+        for axis in self.mirror_axes:
+            if generator.random() < 0.5:
+                part = np.flip(part, axis + 1)
+                inside[axis] = self.size[axis] - inside[axis, ::-1]
+        if part.shape != x.shape:
+            mapping.write(np.full(1, entry.minimum), x)
+        mapping.write(part, x[:, *(slice(first, stop) for first, stop in inside)])
 
-    def _array(self, position: int) -> blosc2.NDArray:
+    def _read_part(self, position: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """A box (C, D, H, W) of a stored volume, in memory that the next one is read into as well."""
         if self._open is None or self._open[0] != position:
             self._open = position, self.store.array(position)
-        return self._open[1]
+        array, entry = self._open[1], self.store.entries[position]
+        shape = entry.channels, *(high - low).tolist()
+        nbytes = math.prod(shape) * array.dtype.itemsize
+        if self._memory.nbytes < nbytes:
+            self._memory = np.empty(nbytes, np.uint8)
+        part = self._memory[:nbytes].view(array.dtype).reshape(shape)
+        read_box(array, (0, *low.tolist()), (entry.channels, *high.tolist()), part)
+        return part

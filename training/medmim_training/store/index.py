@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -108,6 +110,12 @@ class Store:
             return entry.intensity
         return self._other_intensity(position, rule)
 
+    def digest(self) -> str:
+        """The sha256 of what the store holds: which scans, and how they were prepared."""
+        scans = [[e.id, e.source, e.sha256, e.modality, e.channels, e.shape, e.offset] for e in self.entries]
+        text = json.dumps([self.volume.to_data(), scans], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     @cache  # noqa: B019 - a store lives as long as the run
     def _other_intensity(self, position: int, rule) -> IntensityMap:
         return intensity_map(rule, read_array(self.array(position)))
@@ -171,8 +179,9 @@ def write_array(folder: Path, name: str, array: np.ndarray) -> None:
     """Stores a volume (C, D, H, W): as int16 where that loses nothing, in blocks that suit random crops."""
     if array.min() >= -(2**15) and array.max() < 2**15 and np.array_equal(as_int16 := array.astype(np.int16), array):
         array = as_int16
-    chunks = (1, *(min(side, 96) for side in array.shape[1:]))
-    blocks = (1, *(min(side, 24) for side in chunks[1:]))  # of int16, 27 KiB: fits the fastest cache
+    chunks = (1, *(min(side, 64) for side in array.shape[1:]))
+    # Long where voxels are neighbours in memory, which copies longer runs; of int16, 32 KiB: fits the fastest cache.
+    blocks = (1, *(min(side, most) for side, most in zip(array.shape[1:], (16, 16, 64), strict=True)))
     # A twentieth larger than with zstd, and read twice as fast.
     cparams = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
     with atomic_write(folder / VOLUMES / f"{name}.b2nd") as path:
@@ -188,11 +197,12 @@ def open_array(path: Path, shape: tuple[int, ...]) -> blosc2.NDArray:
     """
     try:
         with open(path, "rb") as file:
-            start = file.read(HEADER_BYTES)
-        # Behind the header there are numbers, in which anything may be read.
-        header = start[: int.from_bytes(start[11:15], "big")]
+            start = file.read(15)
+            length = int.from_bytes(start[11:], "big")
+            # Behind the header there are numbers, in which anything may be read.
+            header = start[:length] + file.read(min(max(length - len(start), 0), HEADER_BYTES))
         # Some versions of blosc2 run the code that such a file may hold when it is opened.
-        if len(header) == HEADER_BYTES or any(kind in header for kind in OTHER_KINDS):
+        if length >= HEADER_BYTES or any(kind in header for kind in OTHER_KINDS):
             raise ValueError("it holds something else than numbers")
         # Starting threads takes longer than they would save; readers are processes.
         array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
@@ -217,4 +227,26 @@ def read_array(array: blosc2.NDArray, where: tuple[slice, ...] = ()) -> np.ndarr
     try:
         return array[where or ...]
     except Exception as error:  # see `open_array`
-        raise SpecError(f"{array.urlpath}: damaged ({error}); delete its line of {INDEX_FILE}, prepare again") from None
+        raise _damaged(array, error) from None
+
+
+def read_box(array: blosc2.NDArray, start: Sequence[int], stop: Sequence[int], out: np.ndarray) -> None:
+    """Reads a box of a stored volume into memory that is there: new memory costs a fifth of the time.
+
+    Args:
+        array: As `open_array` gives it, (C, D, H, W).
+        start: The box's first place along each axis.
+        stop: The one behind its last.
+        out: Contiguous, of the box's shape and the array's type.
+
+    Raises:
+        SpecError: When the file is damaged there.
+    """
+    try:
+        array.get_slice_numpy(out, (start, stop))
+    except Exception as error:  # see `open_array`
+        raise _damaged(array, error) from None
+
+
+def _damaged(array: blosc2.NDArray, error: Exception) -> SpecError:
+    return SpecError(f"{array.urlpath}: damaged ({error}); delete its line of {INDEX_FILE}, prepare again")

@@ -17,9 +17,9 @@ from monai.transforms import (
     RandScaleIntensityd,
 )
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from medmim.layers.tokens import Size
+from medmim_training.loading import Samples
 from medmim_training.tasks.cases import LoadedCase, pad_around
 from medmim_training.tasks.recipe import ChangeSection, CropSection
 
@@ -27,7 +27,7 @@ KEYS = ("x", "labels")
 SAMPLED = 10_000  # voxels of a class that a crop may be put around: enough, and few to keep
 
 
-class LabelledCrops(Dataset):
+class LabelledCrops(Samples):
     """An endless sequence of crops, cut to `length`; each case is as likely as any other.
 
     Args:
@@ -80,7 +80,7 @@ class LabelledCrops(Dataset):
         return generator.integers(low, high + 1).tolist()
 
 
-class ChangedVolumes(Dataset):
+class ChangedVolumes(Samples):
     """An endless sequence of whole volumes with their classes, cut to `length`; each is as likely as any other.
 
     Args:

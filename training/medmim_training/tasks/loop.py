@@ -10,6 +10,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from medmim.errors import SpecError
 from medmim.factory import save_pretrained
 from medmim.files import write_text
 from medmim.limits import LIST_BYTES, read_json
 from medmim_training.checkpoint import BEST, load_latest, save_checkpoint
+from medmim_training.claims import claim
 from medmim_training.engine import CHECKPOINTS, METRICS_FILE, PICTURES, PRIME, RECIPE_FILE, NonFiniteLossError
-from medmim_training.loading import batches
+from medmim_training.loading import Samples, batches
 from medmim_training.optimization import clip_gradients, create_optimizer, create_schedule
-from medmim_training.precision import usable_precision
+from medmim_training.precision import forget_precision, usable_precision
 from medmim_training.preemption import Preempted, stop_requests
-from medmim_training.record import Clock, Meter, MetricsLog, Report, claim
+from medmim_training.record import Clock, Meter, MetricsLog, Report
 from medmim_training.tasks.cases import Case, Split, choose, split_cases
 from medmim_training.tasks.recipe import FineTuneRecipe
 
@@ -67,7 +68,7 @@ class Task(ABC):
         """Reads the cases that train and validate into memory."""
 
     @abstractmethod
-    def samples(self, length: int) -> Dataset:
+    def samples(self, length: int) -> Samples:
         """`length` training samples, each a function of the seed and its number: a dict with `x` and `case`."""
 
     @abstractmethod
@@ -136,6 +137,7 @@ class Run:
     def __init__(self, task: Task, folder: str | Path) -> None:
         self.task, self.recipe, self.model, self.folder = task, task.recipe, task.model, Path(folder)
         recipe, precision = self.recipe, usable_precision(self.recipe)
+        forget_precision()
         self.accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision, cpu=not torch.cuda.is_available()
         )
@@ -195,12 +197,12 @@ class Run:
         Raises:
             NonFiniteLossError: When the loss is no number any more.
             CheckpointError: When the disk is full.
-            Preempted: After SIGTERM; the run has saved itself.
+            Preempted: After SIGTERM or Ctrl-C; the run has saved itself.
         """
         every, steps = self.recipe.output, self.recipe.schedule.steps
-        drawn = self._batches()
         meter = Meter(self.start, steps=steps, batch_size=self.recipe.batch_size, clock=self.clock)
-        with stop_requests() as stop:
+        # Closing the batches ends the processes that read them, whose CPU time then counts.
+        with closing(self._batches()) as drawn, stop_requests() as stop:
             for done in range(self.start + 1, steps + 1):
                 with meter.waiting:
                     batch = next(drawn)
