@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from medmim import hub, registry
 from medmim.checkpoints import load_strictly, misfit, read_tensors, without_values, write_tensors
+from medmim.construction import limited_construction
 from medmim.errors import MedmimError, SpecError, UnknownModelError, WeightsError
 from medmim.heads.segmenter import Segmenter, split_encoder
 from medmim.layers.tokens import Size, to_size
-from medmim.limits import VOXELS, limited_construction
+from medmim.limits import VOXELS
 from medmim.spec import ModelSpec, TaskSpec, WeightsSpec
 
 # By the kind that a record of weights names; a class from elsewhere is never built.
@@ -101,8 +102,8 @@ def create_model(
     args = {**registry.as_arguments(stored.args), **_given(family.cls, kwargs, name)}
 
     loads = pretrained or checkpoint_path is not None
-    if loads or place is not None:  # what a file asks for is tried where it costs nothing
-        model = _construct_within_limits(family.cls, args, name, stored.task)
+    # What is asked for is tried where it costs nothing.
+    model = _construct_within_limits(family.cls, args, name, stored.task)
     if not loads:
         model = _with_decoder(_construct(family.cls, args, name), stored.task, name)
     weights = None
@@ -233,12 +234,14 @@ def save_pretrained(
 ) -> ModelSpec:
     """Writes a model folder, which `from_pretrained` loads back bit for bit.
 
-    Files are made in full and moved into place one by one, `config.json` last: no half-written file is ever seen, and
-    a half-replaced set is refused by its digests.
+    Files are made in full, then change places with those of the model that was there, `config.json` first out and last
+    in, so that no half-replaced model is ever loaded. What fails on the way puts the former model back; what is killed
+    leaves its files in a folder ".saving-...".
 
     Args:
         model: A model from `create_model`; its dtype is kept.
-        folder: Where to; files of a model saved there before are replaced.
+        folder: Where to. Of another model that is there nothing stays, its card and golden outputs included; where it
+            is this one, what was published with it stays, its decoder included. Other files are left alone.
         decoder: The pretraining decoder, to be saved beside it; the record must have its `decoder_spec`.
         weights: Record of the weights, without the files that are written here. None takes over that of the weights
             the model was loaded with: tag, licence, citation, input contract and training, not where it was published
@@ -251,12 +254,9 @@ def save_pretrained(
         SpecError: For a record that lacks something or says something impossible.
         WeightsError: For a model that its spec does not describe, so that it could not be loaded back.
     """
-    if model.spec is None:
-        raise WeightsError("the model has no spec, so no config.json can be written; build it with create_model")
-    family = registry.find_family(model.spec.family, needed_by=model.spec.name)
-    args, encoder = dict(model.spec.args), model.encoder if isinstance(model, Segmenter) else model
-    args |= {key: getattr(encoder, key) for key in CHANGEABLE if key in _accepted(family.cls) and hasattr(encoder, key)}
-    task = model.spec.task
+    current, task = current_spec(model), model.spec.task
+    args = dict(current.args)
+    family = registry.find_family(current.family, needed_by=current.name)
     if task is not None and len(task.classes) != model.num_classes:
         raise WeightsError(f"{model.spec.name} has {model.num_classes} outputs, its task names {len(task.classes)}")
     with without_values():
@@ -267,6 +267,7 @@ def save_pretrained(
     record = _record_to_save(model.spec, weights, with_decoder=decoder is not None)
 
     folder = Path(folder)
+    former = _saved_in(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
         staging = Path(name)
@@ -286,15 +287,81 @@ def save_pretrained(
             },
             source="model.spec",
         )
+        is_same = former is not None and _is_same(former, spec)
+        if is_same:
+            spec = _with_published(spec, former.weights)
         hub.write_config(staging, spec)
-        written = sorted((path.name for path in staging.iterdir()), key=lambda name: name == hub.CONFIG)
-        for name in written:
-            os.replace(staging / name, folder / name)
-    for pattern in ("model.safetensors*", "model-*-of-*.safetensors", "decoder.safetensors"):
-        for stale in folder.glob(pattern):
-            if stale.name not in written:
-                stale.unlink()
+        kept = {file.name for file in spec.weights.files} if spec.weights is not None else set()
+        kept -= {path.name for path in staging.iterdir()}
+        patterns = (*hub.TENSORS, hub.CONFIG) if is_same or former is None else (*hub.OF_MODEL, hub.CONFIG)
+        _exchange(folder, staging, {path.name for like in patterns for path in folder.glob(like)} - kept)
     return spec
+
+
+def current_spec(model: nn.Module) -> ModelSpec:
+    """A model's spec with the arguments that its own methods, such as `set_input_size`, have changed since.
+
+    Raises:
+        WeightsError: For what has no spec.
+    """
+    spec = getattr(model, "spec", None)
+    if not isinstance(spec, ModelSpec):
+        raise WeightsError("the model has no spec, so no config.json can be written; build it with create_model")
+    accepted = _accepted(registry.find_family(spec.family, needed_by=spec.name).cls)
+    encoder = model.encoder if isinstance(model, Segmenter) else model
+    changed = {key: getattr(encoder, key) for key in CHANGEABLE if key in accepted and hasattr(encoder, key)}
+    return spec.model_copy(update={"args": {**spec.args, **changed}})
+
+
+def _saved_in(folder: Path) -> ModelSpec | None:
+    """The model that a folder holds; None where there is none that medmim knows."""
+    try:
+        return hub.read_model(hub.Folder(folder))[0]
+    except MedmimError:
+        return None
+
+
+def _is_same(former: ModelSpec, spec: ModelSpec) -> bool:
+    """Whether two saved models compute the same: what was published with one is then true of the other."""
+    if former.weights is None or spec.weights is None:
+        return False
+    same_build = all(
+        getattr(former, key) == getattr(spec, key) for key in ("architecture", "family", "task")
+    ) and registry.as_arguments(former.args) == registry.as_arguments(spec.args)
+    return same_build and former.weights.encoder == spec.weights.encoder
+
+
+def _with_published(spec: ModelSpec, former: WeightsSpec) -> ModelSpec:
+    """The spec of a model that is saved over itself, with what its record had and the new one lacks."""
+    new, taken = spec.weights, {}
+    if new.decoder is None and former.decoder is not None:
+        taken |= {"decoder": former.decoder, "decoder_spec": former.decoder_spec}
+    if new.golden is None and new.decoder in (None, former.decoder):  # they are outputs of the decoder too
+        taken["golden"] = former.golden
+    if not new.evidence:
+        taken["evidence"] = former.evidence
+    return spec.model_copy(update={"weights": new.model_copy(update=taken)})
+
+
+def _exchange(folder: Path, staging: Path, stale: set[str]) -> None:
+    """Moves files from `staging` into `folder` and those named `stale` out of it; all or none."""
+    former = staging / "former"
+    new = sorted((path.name for path in staging.iterdir()), key=lambda name: name == hub.CONFIG)
+    former.mkdir()
+    out, put = [], []
+    try:
+        for name in sorted(stale, key=lambda name: name != hub.CONFIG):
+            os.replace(folder / name, former / name)
+            out.append(name)
+        for name in new:
+            os.replace(staging / name, folder / name)
+            put.append(name)
+    except BaseException:
+        for name in put:
+            (folder / name).unlink()
+        for name in reversed(out):
+            os.replace(former / name, folder / name)
+        raise
 
 
 def _record_to_save(

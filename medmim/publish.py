@@ -22,21 +22,11 @@ from medmim import __version__, hub
 from medmim.errors import SpecError, WeightsError
 from medmim.factory import create_decoder, create_model, resolve, save_pretrained
 from medmim.files import Content, atomic_write, size_of
-from medmim.golden import GOLDEN_FILE, golden_outputs
+from medmim.golden import golden_outputs
 from medmim.localhub import MAIN, LocalHub
 from medmim.spec import ModelSpec, WeightsSpec
 
 CARD, LICENSE = "README.md", "LICENSE"
-# Of an older version; beside newer weights they would be taken for theirs.
-STALE = (
-    "model.safetensors*",
-    "model-*-of-*.safetensors",
-    "decoder.safetensors",
-    GOLDEN_FILE,
-    "data.csv",
-    "recipe.yaml",
-    "reconstruction.png",
-)
 
 Progress = Callable[[int, int], None]
 
@@ -203,9 +193,9 @@ def save_with_golden(
     _require_record(spec, spec.name)
     loaded = create_model(f"local-dir:{folder}", pretrained=True)
     outputs = golden_outputs(loaded, create_decoder(loaded) if decoder is not None else None)
-    with atomic_write(folder / GOLDEN_FILE) as path:
+    with atomic_write(folder / hub.GOLDEN) as path:
         save_file(outputs, path)
-    golden = hub.describe_file(folder, GOLDEN_FILE)
+    golden = hub.describe_file(folder, hub.GOLDEN)
     spec = spec.model_copy(update={"weights": spec.weights.model_copy(update={"golden": golden})})
     hub.write_config(folder, spec)
     return spec
@@ -273,7 +263,9 @@ def plan_upload(
     elif CARD not in files:
         files[CARD] = _card(spec)
     kept = tuple(file for file in (CARD, LICENSE) if file in state.files and file not in files)
-    stale = [file for file in state.files if file not in files and any(fnmatchcase(file, like) for like in STALE)]
+    stale = [
+        file for file in state.files if file not in files and any(fnmatchcase(file, like) for like in hub.OF_WEIGHTS)
+    ]
     return Upload(repo, spec, destination, state, files, kept, tuple(sorted(stale)))
 
 
