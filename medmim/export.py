@@ -21,7 +21,7 @@ from medmim import __version__
 from medmim.cards import NOTICE
 from medmim.errors import MedmimError, SpecError, WeightsError
 from medmim.factory import current_spec, save_pretrained
-from medmim.files import atomic_write, write_text
+from medmim.files import atomic_write, to_path, write_text
 from medmim.heads.segmenter import Segmenter
 from medmim.inference import last_map
 from medmim.spec import ModelSpec, VolumeSpec, ZScore
@@ -46,11 +46,12 @@ def export_model(model: nn.Module, path: str | Path, *, to: str) -> None:
     """
     if to not in FORMS:
         raise SpecError(f"there is no form {to!r} to export to; choose one of {', '.join(FORMS)}")
+    path = to_path(path, "path")
     current_spec(model)  # refuses what has none, before anything is written
     was_training = model.training
     model.eval()
     try:
-        FORMS[to](model, Path(path))
+        FORMS[to](model, path)
     finally:
         model.train(was_training)
 

@@ -24,6 +24,7 @@ from medmim import hub, registry
 from medmim.checkpoints import load_strictly, misfit, read_tensors, without_values, write_tensors
 from medmim.construction import limited_construction
 from medmim.errors import MedmimError, SpecError, UnknownModelError, WeightsError
+from medmim.files import to_path
 from medmim.heads.segmenter import Segmenter, split_encoder
 from medmim.layers.tokens import Size, to_size
 from medmim.limits import VOXELS
@@ -95,11 +96,15 @@ def create_model(
         SpecError: For arguments that the model cannot be built with, or a bad `config.json`.
         WeightsError: For weights that do not exist, cannot be fetched, are damaged or do not fit.
     """
+    _check_placement(device, dtype)
     access = hub.HubAccess(token, cache_dir, endpoint, local_files_only)
     stored, place = resolve(name, revision, access, needs_weights=pretrained and checkpoint_path is None)
     family = registry.find_family(stored.family, needed_by=name)
     _check_arguments(family.cls, stored.args, f"config.json of {name}" if place else name)
-    args = {**registry.as_arguments(stored.args), **_given(family.cls, kwargs, name)}
+    given = _given(family.cls, kwargs, name)
+    if stored.task is not None and stored.task.decoder is not None:
+        given = _without_classes_of(stored.task, given, name)
+    args = {**registry.as_arguments(stored.args), **given}
 
     loads = pretrained or checkpoint_path is not None
     # What is asked for is tried where it costs nothing.
@@ -108,7 +113,7 @@ def create_model(
         model = _with_decoder(_construct(family.cls, args, name), stored.task, name)
     weights = None
     if checkpoint_path is not None:
-        tensors = read_tensors([Path(checkpoint_path)])
+        tensors = read_tensors([to_path(checkpoint_path, "checkpoint_path")])
         _fill(model, args, family, stored, tensors, source=str(checkpoint_path), device=device, dtype=dtype)
     elif pretrained:
         weights = stored.weights
@@ -152,7 +157,7 @@ def from_pretrained(
         SpecError: For a bad `config.json`.
         WeightsError: For weights that do not exist, cannot be fetched, are damaged or do not fit.
     """
-    if Path(repo_or_path).expanduser().is_dir():
+    if to_path(repo_or_path, "repo_or_path").expanduser().is_dir():
         if revision is not None:
             raise WeightsError(f"{repo_or_path} is a folder on this disk, which has no revision {revision!r}")
         name = f"local-dir:{repo_or_path}"
@@ -187,7 +192,8 @@ def create_decoder(model: nn.Module) -> nn.Module:
     Raises:
         WeightsError: When the model's weights have no decoder, or the model was built for other patches or channels.
     """
-    weights = model.spec.weights if model.spec is not None else None
+    spec = getattr(model, "spec", None)
+    weights = spec.weights if spec is not None else None
     if weights is None:
         raise WeightsError("the model holds no published weights, so no decoder belongs to it; use pretrained=True")
     name = model.spec.name
@@ -266,7 +272,7 @@ def save_pretrained(
         raise WeightsError(f"{model.spec.name} was changed since it was built, and could not be loaded back ({fault})")
     record = _record_to_save(model.spec, weights, with_decoder=decoder is not None)
 
-    folder = Path(folder)
+    folder = to_path(folder, "folder")
     former = _saved_in(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
@@ -371,8 +377,10 @@ def _record_to_save(
     loaded = spec.weights
     if isinstance(given, WeightsSpec):
         record = given.to_data()
-    elif given is not None:
+    elif isinstance(given, Mapping):
         record = dict(given)
+    elif given is not None:
+        raise SpecError(f"weights must be a record, a mapping or WeightsSpec, not {given!r}")
     elif loaded is not None:
         record = {key: value for key, value in loaded.to_data().items() if key not in OF_PUBLISHED_FILES}
         if loaded.repo is not None:
@@ -458,6 +466,32 @@ def _with_decoder(encoder: nn.Module, task: TaskSpec | None, name: str) -> nn.Mo
         raise
     except UNBUILDABLE as error:
         raise SpecError(f"the decoder of {name} cannot be built with these arguments: {error}") from error
+
+
+def _without_classes_of(task: TaskSpec, given: dict[str, Any], name: str) -> dict[str, Any]:
+    """A caller's arguments for the encoder of a segmenter, which has no classes of its own.
+
+    Raises:
+        SpecError: When other classes are asked for than the decoder has.
+    """
+    number = given.pop("num_classes", len(task.classes))
+    if number != len(task.classes):
+        raise SpecError(
+            f"{name} segments into {len(task.classes)} classes, not {number}; "
+            "create_segmenter gives its encoder a new decoder for others"
+        )
+    return given
+
+
+def _check_placement(device: Any, dtype: Any) -> None:
+    """Refuses, before anything is read, what no parameter can be placed on or stored as."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SpecError(f"dtype must be a floating-point type such as torch.bfloat16, not {dtype!r}")
+    try:
+        torch.empty(0, device=device, dtype=dtype)
+    # AssertionError where torch was built without CUDA.
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise SpecError(f"device={device!r} cannot be used here: {str(error).partition(chr(10))[0]}") from None
 
 
 def _task_kept(stored: ModelSpec, args: Mapping[str, Any]) -> TaskSpec | None:

@@ -241,6 +241,56 @@ def test_one_number_is_a_cube(pretrained, tiny_weights):
     assert medmim.create_model("tiny", pretrained, img_size=[32, 32, 48]).img_size == (32, 32, 48)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: medmim.create_model(None),
+        lambda: medmim.create_model(Path("vit_t_mae3d")),
+        lambda: medmim.create_model("vit_t_mae3d", device="graphics card"),
+        lambda: medmim.create_model("vit_t_mae3d", device=1.5),
+        lambda: medmim.create_model("vit_t_mae3d", dtype="float32"),
+        lambda: medmim.create_model("vit_t_mae3d", dtype=torch.int32),
+        lambda: medmim.create_model("vit_t_mae3d", checkpoint_path=3),
+        lambda: medmim.from_pretrained(None),
+        lambda: medmim.from_pretrained(3),
+        lambda: medmim.from_pretrained(b"x"),
+        lambda: medmim.from_pretrained(""),
+        lambda: medmim.save_pretrained(tiny_model(), None),
+        lambda: medmim.save_pretrained(tiny_model(), ""),
+        lambda: medmim.save_pretrained(tiny_model(), "a\0b"),
+        lambda: medmim.save_pretrained(tiny_model(), "x", weights="CC-BY-4.0"),
+        lambda: medmim.save_pretrained("vit_t_mae3d", "x"),
+        lambda: medmim.save_pretrained(nn.Linear(2, 2), "x"),
+        lambda: medmim.export_model(tiny_model(), None, to="onnx"),
+        lambda: medmim.export_model(None, "x", to="onnx"),
+        lambda: medmim.create_decoder(nn.Linear(2, 2)),
+        lambda: medmim.name_classes(nn.Linear(2, 2), ("a", "b")),
+        lambda: medmim.create_transform(None),
+        lambda: medmim.create_segmenter(None, num_classes=2),
+        lambda: medmim.create_segmenter("vit_t_mae3d", None, num_classes=2),
+        lambda: medmim.create_segmenter("vit_t_mae3d", num_classes="2"),
+        lambda: medmim.create_segmenter("vit_t_mae3d", num_classes=2.5),
+        lambda: medmim.create_segmenter("vit_t_mae3d", num_classes=10**9),
+        lambda: medmim.create_segmenter("vit_t_mae3d", classes="liver"),
+        lambda: medmim.create_segmenter("vit_t_mae3d", classes=3),
+        lambda: medmim.create_segmenter("vit_t_mae3d", num_classes=2, decoder_args=3),
+        lambda: medmim.create_segmenter("vit_t_mae3d", num_classes=2, volume="CT"),
+        lambda: medmim.list_models(None),
+        lambda: medmim.list_models(["vit_*", 3]),
+        lambda: medmim.list_models(tags=3),
+        lambda: medmim.list_pretrained(3),
+        lambda: medmim.model_info(None),
+        lambda: medmim.register_model(3),
+    ],
+)
+def test_odd_arguments_of_public_functions_are_one_error(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(medmim.MedmimError):
+        call()
+    assert not list(tmp_path.iterdir())
+    assert not medmim.is_model(None)
+
+
 def test_feature_maps_of_timm_have_another_name_here():
     with pytest.raises(UnknownModelError, match=r"no argument 'features_only'; forward_intermediates\(x\)"):
         medmim.create_model("vit_t_mae3d", features_only=True)
