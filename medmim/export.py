@@ -20,8 +20,8 @@ from torch import nn
 from medmim import __version__
 from medmim.cards import NOTICE
 from medmim.errors import MedmimError, SpecError, WeightsError
-from medmim.factory import save_pretrained
-from medmim.files import atomic_write, write_text
+from medmim.factory import current_spec, save_pretrained
+from medmim.files import atomic_write, to_path, write_text
 from medmim.heads.segmenter import Segmenter
 from medmim.inference import last_map
 from medmim.spec import ModelSpec, VolumeSpec, ZScore
@@ -46,19 +46,19 @@ def export_model(model: nn.Module, path: str | Path, *, to: str) -> None:
     """
     if to not in FORMS:
         raise SpecError(f"there is no form {to!r} to export to; choose one of {', '.join(FORMS)}")
-    if model.spec is None:
-        raise WeightsError("the model has no spec, which says what its input is; build it with create_model")
+    path = to_path(path, "path")
+    current_spec(model)  # refuses what has none, before anything is written
     was_training = model.training
     model.eval()
     try:
-        FORMS[to](model, Path(path))
+        FORMS[to](model, path)
     finally:
         model.train(was_training)
 
 
 def _to_torch_export(model: nn.Module, path: Path) -> None:
     with atomic_write(path) as temporary:
-        torch.export.save(_trace(model), temporary, extra_files={f"{CONFIG_KEY}.json": _config(model.spec)})
+        torch.export.save(_trace(model), temporary, extra_files={f"{CONFIG_KEY}.json": _config(current_spec(model))})
 
 
 def _to_onnx(model: nn.Module, path: Path) -> None:
@@ -76,7 +76,7 @@ def _to_onnx(model: nn.Module, path: Path) -> None:
         external_data=False,
         verbose=False,
     )
-    program.model.metadata_props[CONFIG_KEY] = _config(model.spec)
+    program.model.metadata_props[CONFIG_KEY] = _config(current_spec(model))
     with atomic_write(path) as temporary:
         program.save(str(temporary), external_data=False)
 
@@ -135,7 +135,7 @@ INFERENCE = {
 def _bundle_metadata(spec: ModelSpec, output: dict[str, Any]) -> dict[str, Any]:
     """What MONAI's schema of `metadata.json` asks for."""
     weights = spec.weights
-    modalities = ", ".join(weights.volume.modalities)
+    modalities = ", ".join(spec.volume.modalities)
     size, channels = list(spec.args["img_size"]), spec.args.get("in_chans", 1)
     return {
         "version": __version__,
@@ -159,7 +159,7 @@ def _bundle_metadata(spec: ModelSpec, output: dict[str, Any]) -> dict[str, Any]:
                     "num_channels": channels,
                     "spatial_shape": size,
                     "dtype": "float32",
-                    "value_range": _value_range(weights.volume),
+                    "value_range": _value_range(spec.volume),
                     "is_patch_data": False,
                     "channel_def": {str(channel): "image" for channel in range(channels)},
                 }

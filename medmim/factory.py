@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from medmim import hub, registry
 from medmim.checkpoints import load_strictly, misfit, read_tensors, without_values, write_tensors
+from medmim.construction import limited_construction
 from medmim.errors import MedmimError, SpecError, UnknownModelError, WeightsError
+from medmim.files import to_path
 from medmim.heads.segmenter import Segmenter, split_encoder
 from medmim.layers.tokens import Size, to_size
-from medmim.limits import VOXELS, limited_construction
+from medmim.limits import VOXELS
 from medmim.spec import ModelSpec, TaskSpec, WeightsSpec
 
 # By the kind that a record of weights names; a class from elsewhere is never built.
@@ -108,20 +110,24 @@ def create_model(
         SpecError: For arguments that the model cannot be built with, or a bad `config.json`.
         WeightsError: For weights that do not exist, cannot be fetched, are damaged or do not fit.
     """
+    _check_placement(device, dtype)
     access = hub.HubAccess(token, cache_dir, endpoint, local_files_only)
     stored, place = resolve(name, revision, access, needs_weights=pretrained and checkpoint_path is None)
     family = registry.find_family(stored.family, needed_by=name)
     _check_arguments(family.cls, stored.args, f"config.json of {name}" if place else name)
-    args = {**registry.as_arguments(stored.args), **_given(family.cls, kwargs, name)}
+    given = _given(family.cls, kwargs, name)
+    if stored.task is not None and stored.task.decoder is not None:
+        given = _without_classes_of(stored.task, given, name)
+    args = {**registry.as_arguments(stored.args), **given}
 
     loads = pretrained or checkpoint_path is not None
-    if loads or place is not None:  # what a file asks for is tried where it costs nothing
-        model = _construct_within_limits(family.cls, args, name, stored.task)
+    # What is asked for is tried where it costs nothing.
+    model = _construct_within_limits(family.cls, args, name, stored.task)
     if not loads:
         model = _with_decoder(_construct(family.cls, args, name), stored.task, name)
     weights = None
     if checkpoint_path is not None:
-        tensors = read_tensors([Path(checkpoint_path)])
+        tensors = read_tensors([to_path(checkpoint_path, "checkpoint_path")])
         _fill(model, args, family, stored, tensors, source=str(checkpoint_path), device=device, dtype=dtype)
     elif pretrained:
         weights = stored.weights
@@ -165,7 +171,7 @@ def from_pretrained(
         SpecError: For a bad `config.json`.
         WeightsError: For weights that do not exist, cannot be fetched, are damaged or do not fit.
     """
-    if Path(repo_or_path).expanduser().is_dir():
+    if to_path(repo_or_path, "repo_or_path").expanduser().is_dir():
         if revision is not None:
             raise WeightsError(f"{repo_or_path} is a folder on this disk, which has no revision {revision!r}")
         name = f"local-dir:{repo_or_path}"
@@ -200,7 +206,8 @@ def create_decoder(model: nn.Module) -> nn.Module:
     Raises:
         WeightsError: When the model's weights have no decoder, or the model was built for other patches or channels.
     """
-    weights = model.spec.weights if model.spec is not None else None
+    spec = getattr(model, "spec", None)
+    weights = spec.weights if spec is not None else None
     if weights is None:
         raise WeightsError("the model holds no published weights, so no decoder belongs to it; use pretrained=True")
     name = model.spec.name
@@ -247,12 +254,14 @@ def save_pretrained(
 ) -> ModelSpec:
     """Writes a model folder, which `from_pretrained` loads back bit for bit.
 
-    Files are made in full and moved into place one by one, `config.json` last: no half-written file is ever seen, and
-    a half-replaced set is refused by its digests.
+    Files are made in full, then change places with those of the model that was there, `config.json` first out and last
+    in, so that no half-replaced model is ever loaded. What fails on the way puts the former model back; what is killed
+    leaves its files in a folder ".saving-...".
 
     Args:
         model: A model from `create_model`; its dtype is kept.
-        folder: Where to; files of a model saved there before are replaced.
+        folder: Where to. Of another model that is there nothing stays, its card and golden outputs included; where it
+            is this one, what was published with it stays, its decoder included. Other files are left alone.
         decoder: The pretraining decoder, to be saved beside it; the record must have its `decoder_spec`.
         weights: Record of the weights, without the files that are written here. None takes over that of the weights
             the model was loaded with: tag, licence, citation, input contract and training, not where it was published
@@ -265,12 +274,9 @@ def save_pretrained(
         SpecError: For a record that lacks something or says something impossible.
         WeightsError: For a model that its spec does not describe, so that it could not be loaded back.
     """
-    if model.spec is None:
-        raise WeightsError("the model has no spec, so no config.json can be written; build it with create_model")
-    family = registry.find_family(model.spec.family, needed_by=model.spec.name)
-    args, encoder = dict(model.spec.args), model.encoder if isinstance(model, Segmenter) else model
-    args |= {key: getattr(encoder, key) for key in CHANGEABLE if key in _accepted(family.cls) and hasattr(encoder, key)}
-    task = model.spec.task
+    current, task = current_spec(model), model.spec.task
+    args = dict(current.args)
+    family = registry.find_family(current.family, needed_by=current.name)
     if task is not None and len(task.classes) != model.num_classes:
         raise WeightsError(f"{model.spec.name} has {model.num_classes} outputs, its task names {len(task.classes)}")
     with without_values():
@@ -280,7 +286,8 @@ def save_pretrained(
         raise WeightsError(f"{model.spec.name} was changed since it was built, and could not be loaded back ({fault})")
     record = _record_to_save(model.spec, weights, with_decoder=decoder is not None)
 
-    folder = Path(folder)
+    folder = to_path(folder, "folder")
+    former = _saved_in(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
         staging = Path(name)
@@ -300,15 +307,81 @@ def save_pretrained(
             },
             source="model.spec",
         )
+        is_same = former is not None and _is_same(former, spec)
+        if is_same:
+            spec = _with_published(spec, former.weights)
         hub.write_config(staging, spec)
-        written = sorted((path.name for path in staging.iterdir()), key=lambda name: name == hub.CONFIG)
-        for name in written:
-            os.replace(staging / name, folder / name)
-    for pattern in ("model.safetensors*", "model-*-of-*.safetensors", "decoder.safetensors"):
-        for stale in folder.glob(pattern):
-            if stale.name not in written:
-                stale.unlink()
+        kept = {file.name for file in spec.weights.files} if spec.weights is not None else set()
+        kept -= {path.name for path in staging.iterdir()}
+        patterns = (*hub.TENSORS, hub.CONFIG) if is_same or former is None else (*hub.OF_MODEL, hub.CONFIG)
+        _exchange(folder, staging, {path.name for like in patterns for path in folder.glob(like)} - kept)
     return spec
+
+
+def current_spec(model: nn.Module) -> ModelSpec:
+    """A model's spec with the arguments that its own methods, such as `set_input_size`, have changed since.
+
+    Raises:
+        WeightsError: For what has no spec.
+    """
+    spec = getattr(model, "spec", None)
+    if not isinstance(spec, ModelSpec):
+        raise WeightsError("the model has no spec, so no config.json can be written; build it with create_model")
+    accepted = _accepted(registry.find_family(spec.family, needed_by=spec.name).cls)
+    encoder = model.encoder if isinstance(model, Segmenter) else model
+    changed = {key: getattr(encoder, key) for key in CHANGEABLE if key in accepted and hasattr(encoder, key)}
+    return spec.model_copy(update={"args": {**spec.args, **changed}})
+
+
+def _saved_in(folder: Path) -> ModelSpec | None:
+    """The model that a folder holds; None where there is none that medmim knows."""
+    try:
+        return hub.read_model(hub.Folder(folder))[0]
+    except MedmimError:
+        return None
+
+
+def _is_same(former: ModelSpec, spec: ModelSpec) -> bool:
+    """Whether two saved models compute the same: what was published with one is then true of the other."""
+    if former.weights is None or spec.weights is None:
+        return False
+    same_build = all(
+        getattr(former, key) == getattr(spec, key) for key in ("architecture", "family", "task")
+    ) and registry.as_arguments(former.args) == registry.as_arguments(spec.args)
+    return same_build and former.weights.encoder == spec.weights.encoder
+
+
+def _with_published(spec: ModelSpec, former: WeightsSpec) -> ModelSpec:
+    """The spec of a model that is saved over itself, with what its record had and the new one lacks."""
+    new, taken = spec.weights, {}
+    if new.decoder is None and former.decoder is not None:
+        taken |= {"decoder": former.decoder, "decoder_spec": former.decoder_spec}
+    if new.golden is None and new.decoder in (None, former.decoder):  # they are outputs of the decoder too
+        taken["golden"] = former.golden
+    if not new.evidence:
+        taken["evidence"] = former.evidence
+    return spec.model_copy(update={"weights": new.model_copy(update=taken)})
+
+
+def _exchange(folder: Path, staging: Path, stale: set[str]) -> None:
+    """Moves files from `staging` into `folder` and those named `stale` out of it; all or none."""
+    former = staging / "former"
+    new = sorted((path.name for path in staging.iterdir()), key=lambda name: name == hub.CONFIG)
+    former.mkdir()
+    out, put = [], []
+    try:
+        for name in sorted(stale, key=lambda name: name != hub.CONFIG):
+            os.replace(folder / name, former / name)
+            out.append(name)
+        for name in new:
+            os.replace(staging / name, folder / name)
+            put.append(name)
+    except BaseException:
+        for name in put:
+            (folder / name).unlink()
+        for name in reversed(out):
+            os.replace(former / name, folder / name)
+        raise
 
 
 def _record_to_save(
@@ -318,8 +391,10 @@ def _record_to_save(
     loaded = spec.weights
     if isinstance(given, WeightsSpec):
         record = given.to_data()
-    elif given is not None:
+    elif isinstance(given, Mapping):
         record = dict(given)
+    elif given is not None:
+        raise SpecError(f"weights must be a record, a mapping or WeightsSpec, not {given!r}")
     elif loaded is not None:
         record = {key: value for key, value in loaded.to_data().items() if key not in OF_PUBLISHED_FILES}
         if loaded.repo is not None:
@@ -405,6 +480,32 @@ def _with_decoder(encoder: nn.Module, task: TaskSpec | None, name: str) -> nn.Mo
         raise
     except UNBUILDABLE as error:
         raise SpecError(f"the decoder of {name} cannot be built with these arguments: {error}") from error
+
+
+def _without_classes_of(task: TaskSpec, given: dict[str, Any], name: str) -> dict[str, Any]:
+    """A caller's arguments for the encoder of a segmenter, which has no classes of its own.
+
+    Raises:
+        SpecError: When other classes are asked for than the decoder has.
+    """
+    number = given.pop("num_classes", len(task.classes))
+    if number != len(task.classes):
+        raise SpecError(
+            f"{name} segments into {len(task.classes)} classes, not {number}; "
+            "create_segmenter gives its encoder a new decoder for others"
+        )
+    return given
+
+
+def _check_placement(device: Any, dtype: Any) -> None:
+    """Refuses, before anything is read, what no parameter can be placed on or stored as."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SpecError(f"dtype must be a floating-point type such as torch.bfloat16, not {dtype!r}")
+    try:
+        torch.empty(0, device=device, dtype=dtype)
+    # AssertionError where torch was built without CUDA.
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise SpecError(f"device={device!r} cannot be used here: {str(error).partition(chr(10))[0]}") from None
 
 
 def _task_kept(stored: ModelSpec, args: Mapping[str, Any]) -> TaskSpec | None:

@@ -10,6 +10,23 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from medmim.errors import SpecError
+
+
+def to_path(value: Any, argument: str) -> Path:
+    """A path that a caller gave as `argument`.
+
+    Raises:
+        SpecError: For what is none; an empty text too, which would mean the folder one happens to be in.
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(path := os.fspath(value), str):
+        raise SpecError(f"{argument} must be a path, a text or pathlib.Path, not {value!r}")
+    if not path.strip() or "\0" in path:
+        raise SpecError(f"{argument}={path!r} is no path")
+    return Path(path)
+
 
 from medmim.errors import OutputError
 

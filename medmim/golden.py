@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from medmim.heads.segmenter import Segmenter
 from medmim.layers.tokens import Size, to_grid_size
 
-GOLDEN_FILE = "golden.safetensors"
 TOKENS = 8  # tokens kept of each output: enough to see any change, few enough to ship
 VOXELS = 512  # likewise, of scores of classes
 

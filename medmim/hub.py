@@ -25,10 +25,15 @@ from medmim.remote import COMMIT, HubAccess, Repository
 from medmim.spec import INSIDE, FileSpec, ModelSpec, WeightsSpec
 
 PACKAGED = Path(__file__).parent / "weights"
-CONFIG, ENCODER = "config.json", "model.safetensors"
+CONFIG, ENCODER, GOLDEN = "config.json", "model.safetensors", "golden.safetensors"
 NAMESPACE = "medmim"  # on the Hub, of weights of the catalog that name no repository
 # Files of a model folder that a loader does not need.
-COMPANIONS = ("README.md", "LICENSE", "data.csv", "recipe.yaml", "reconstruction.png")
+OF_TRAINING = ("data.csv", "recipe.yaml", "reconstruction.png")
+COMPANIONS = ("README.md", "LICENSE", *OF_TRAINING)
+TENSORS = ("model.safetensors*", "model-*-of-*.safetensors", "decoder.safetensors")
+# Wildcards for what goes with one set of weights; beside others it would be taken for theirs.
+OF_WEIGHTS = (*TENSORS, GOLDEN, *OF_TRAINING)
+OF_MODEL = (*TENSORS, GOLDEN, *COMPANIONS)
 
 
 # --- places -----------------------------------------------------------------------------------------------------------

@@ -9,10 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ HEADER_BYTES = 10_000_000  # of a safetensors header: a hundred bytes a tensor
 ARGUMENT_DEPTH, ARGUMENT_VALUES, ARGUMENT_LENGTH = 5, 1_000, 1_000  # of the arguments of a model, and of a text in them
 ARGUMENT_SIZE = 1_000_000  # of a number: no network is a million wide, deep or long
 
-MODULES = 5_000  # of a model; the largest here have some hundreds
+MODULES = 5_000  # of a model, see `medmim.construction`; the largest here have some hundreds
 PARAMETERS = 5_000_000_000  # 20 GB in float32
 BUFFERS = 300_000_000  # numbers that no file stores, such as fixed positions
 
@@ -118,40 +115,3 @@ def plain_arguments(args: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, int | float) and not abs(value) <= ARGUMENT_SIZE:  # NaN is refused too
             raise ValueError(f"a number beyond {ARGUMENT_SIZE}")
     return args
-
-
-@contextmanager
-def limited_construction(name: str) -> Iterator[None]:
-    """Stops the construction of a model, best on the meta device, once it is larger than any honest one.
-
-    Args:
-        name: Of the model, for the error.
-
-    Raises:
-        SpecError: When it has too many modules, parameters or buffers.
-    """
-    from torch.nn.modules import module
-
-    room = {"modules": MODULES, "parameters": PARAMETERS, "numbers in buffers": BUFFERS}
-    thread = threading.get_ident()  # the hooks are of the whole process
-
-    def take(what: str, amount: int) -> None:
-        if threading.get_ident() != thread:
-            return
-        room[what] -= amount
-        if room[what] < 0:
-            raise SpecError(f"{name}: its arguments ask for more {what} than any model has; they are not believed")
-
-    def count(what: str):
-        return lambda owner, key, tensor: take(what, math.prod(tensor.shape)) if tensor is not None else None
-
-    hooks = [
-        module.register_module_module_registration_hook(lambda owner, key, child: take("modules", 1)),
-        module.register_module_parameter_registration_hook(count("parameters")),
-        module.register_module_buffer_registration_hook(count("numbers in buffers")),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -1,7 +1,8 @@
 """A hub that is a folder: models laid out as on the Hugging Face Hub, for a site that has no way to it.
 
     HUB/ORG/NAME/snapshots/VERSION/   one version: a model folder and its SHA256SUMS, written once
-    HUB/ORG/NAME/refs/main            the newest version; other files there are branches and tags
+    HUB/ORG/NAME/refs/main            the newest version; other files there are branches
+    HUB/ORG/NAME/tags/TAG             another name of a version, which never moves
 
 A version is named by 40 hexadecimal digits: by the commit it was copied from, or by the start of the sha256 of its
 SHA256SUMS. It is written beside its place and renamed into it, then `refs/main` is replaced, so that a reader finds the
@@ -26,7 +27,7 @@ from typing import BinaryIO
 from medmim.errors import WeightsError
 from medmim.files import Content, sha256_of, size_of, write_text
 
-SNAPSHOTS, REFS, SUMS, MAIN = "snapshots", "refs", "SHA256SUMS", "main"
+SNAPSHOTS, REFS, TAGS, SUMS, MAIN = "snapshots", "refs", "tags", "SHA256SUMS", "main"
 STAGING = ".publishing-"
 VERSION = re.compile(r"[0-9a-f]{40}")
 REVISION = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -126,16 +127,18 @@ class LocalHub:
             return revision if (home / SNAPSHOTS / revision).is_dir() else None
         if not REVISION.fullmatch(revision):
             return None
-        try:
-            with open(home / REFS / revision, "rb") as file:
-                version = file.read(_REF_BYTES).decode("ascii", errors="replace").strip()
-        except OSError:
-            return None
-        return version if VERSION.fullmatch(version) and (home / SNAPSHOTS / version).is_dir() else None
+        for folder in (REFS, TAGS):
+            try:
+                with open(home / folder / revision, "rb") as file:
+                    version = file.read(_REF_BYTES).decode("ascii", errors="replace").strip()
+            except OSError:
+                continue
+            return version if VERSION.fullmatch(version) and (home / SNAPSHOTS / version).is_dir() else None
+        return None
 
     def _revisions(self, home: Path) -> list[str]:
         """Names of branches, tags and versions that are there in whole."""
-        names = [path.name for folder in (REFS, SNAPSHOTS) for path in sorted((home / folder).glob("[!.]*"))]
+        names = [path.name for folder in (REFS, TAGS, SNAPSHOTS) for path in sorted((home / folder).glob("[!.]*"))]
         return [name for name in names if self._version(home, name)]
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -157,8 +160,8 @@ class LocalHub:
             repo: "org/name".
             files: Each file of the model folder: where it is now, or what is in it.
             version: The commit that they are of; None names the version by its content.
-            branches: What will point to it.
-            tag: Another name for it, which must be free.
+            branches: What will point to it; none of them may be a tag.
+            tag: Another name for it for good, which must be free.
             expected: The version that the first branch must still be at; None for whatever it is at.
             progress: Called with bytes copied and bytes in all.
 
@@ -193,8 +196,11 @@ class LocalHub:
                 f"{branches[0]} of {home} has moved from {expected} to {found} since it was read; look at what was "
                 "published there, then publish again"
             )
-        if tag is not None and (home / REFS / tag).exists():
-            raise WeightsError(f"{home} has a tag {tag!r} already; choose another")
+        if tag is not None and (tag in branches or (home / REFS / tag).exists() or (home / TAGS / tag).exists()):
+            raise WeightsError(f"{home} has a branch or tag {tag!r} already; choose another name for the tag")
+        for branch in branches:
+            if (home / TAGS / branch).exists():
+                raise WeightsError(f"{branch!r} is a tag of {home}, which does not move; choose another branch")
         folder = staging / "version"
         folder.mkdir()
         _copy(files, folder, progress)
@@ -207,8 +213,10 @@ class LocalHub:
             if target.exists():
                 os.replace(target, staging / "damaged")
             os.replace(folder, target)
-        for name in (*filter(None, [tag]), *branches):
-            write_text(home / REFS / name, f"{version}\n")
+        if tag is not None:
+            write_text(home / TAGS / tag, f"{version}\n")
+        for branch in branches:
+            write_text(home / REFS / branch, f"{version}\n")
         return version
 
 

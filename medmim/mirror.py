@@ -20,7 +20,8 @@ def mirror(
 ) -> Version:
     """Copies a model with all that was published beside it; every file that has a digest is checked on the way.
 
-    There it has the commit that it has on the Hub, so that whatever names it here finds it there.
+    There it has the commit that it has on the Hub, so that whatever names it here finds it there. A revision that was
+    named, and the one that a catalog pins, may be old: where the local hub has a main already, it stays where it is.
 
     Args:
         name: "architecture[.tag]" of the catalog or "hf-hub:org/name[@revision]".
@@ -38,14 +39,17 @@ def mirror(
             f"{name} belongs to no repository; `medmim push {rest} ORG/NAME --hub {folder}` gives it one"
         )
     spec, place = resolve(name, None, access or hub.HubAccess(), needs_weights=True)
-    branches = [MAIN]
+    named = None
     if kind == "hf-hub":
         repo, commit = place.repo, place.revision
-        revision = rest.partition("@")[2]
-        branches += [revision] if revision not in (MAIN, commit) and REVISION.fullmatch(revision) else []
+        named = rest.partition("@")[2] or MAIN
     else:
         repo, commit = hub.repository_of(spec.name, spec.weights), spec.weights.revision
     version = commit if commit and hub.COMMIT.fullmatch(commit) else None
     local = LocalHub(folder)
+    is_newest = version is None or named == MAIN
+    branches = [MAIN] if is_newest or local.head(repo) is None else []
+    if named not in (None, MAIN, commit) and REVISION.fullmatch(named):
+        branches.append(named)
     version = local.publish(repo, hub.fetch_all(place, spec), version=version, branches=branches, progress=progress)
     return local.find(repo, version)

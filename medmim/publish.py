@@ -22,21 +22,11 @@ from medmim import __version__, hub
 from medmim.errors import SpecError, WeightsError
 from medmim.factory import create_decoder, create_model, resolve, save_pretrained
 from medmim.files import Content, atomic_write, size_of
-from medmim.golden import GOLDEN_FILE, golden_outputs
+from medmim.golden import golden_outputs
 from medmim.localhub import MAIN, LocalHub
 from medmim.spec import ModelSpec, WeightsSpec
 
 CARD, LICENSE = "README.md", "LICENSE"
-# Of an older version; beside newer weights they would be taken for theirs.
-STALE = (
-    "model.safetensors*",
-    "model-*-of-*.safetensors",
-    "decoder.safetensors",
-    GOLDEN_FILE,
-    "data.csv",
-    "recipe.yaml",
-    "reconstruction.png",
-)
 
 Progress = Callable[[int, int], None]
 
@@ -207,9 +197,9 @@ def _write_golden(name: str, spec: ModelSpec, folder: Path) -> ModelSpec:
 
     model = create_model(name, pretrained=True)
     outputs = golden_outputs(model, create_decoder(model) if spec.weights.decoder is not None else None)
-    with atomic_write(folder / GOLDEN_FILE) as path:
+    with atomic_write(folder / hub.GOLDEN) as path:
         save_file(outputs, path)
-    golden = hub.describe_file(folder, GOLDEN_FILE)
+    golden = hub.describe_file(folder, hub.GOLDEN)
     spec = spec.model_copy(update={"weights": spec.weights.model_copy(update={"golden": golden})})
     hub.write_config(folder, spec)
     return spec
@@ -261,7 +251,7 @@ def plan_upload(
     if spec.weights.golden is None:
         with tempfile.TemporaryDirectory(prefix="medmim-golden-") as folder:
             spec = _write_golden(name, spec, Path(folder))
-            files |= {file: (Path(folder) / file).read_bytes() for file in (GOLDEN_FILE, hub.CONFIG)}
+            files |= {file: (Path(folder) / file).read_bytes() for file in (hub.GOLDEN, hub.CONFIG)}
     spec = hub.as_published(spec, repo, None)
 
     local = hub.local_hub()
@@ -283,7 +273,9 @@ def plan_upload(
     elif CARD not in files:
         files[CARD] = _card(spec)
     kept = tuple(file for file in (CARD, LICENSE) if file in state.files and file not in files)
-    stale = [file for file in state.files if file not in files and any(fnmatchcase(file, like) for like in STALE)]
+    stale = [
+        file for file in state.files if file not in files and any(fnmatchcase(file, like) for like in hub.OF_WEIGHTS)
+    ]
     return Upload(repo, spec, destination, state, files, kept, tuple(sorted(stale)))
 
 

@@ -129,7 +129,7 @@ def list_pretrained(filter: str | Iterable[str] = "*") -> list[str]:
 
 def is_model(name: str) -> bool:
     """Whether `architecture` or `architecture.tag` is known."""
-    architecture, separator, tag = name.partition(".")
+    architecture, separator, tag = name.partition(".") if isinstance(name, str) else ("", "", "")
     entry = _models().get(architecture)
     return entry is not None and (not separator or tag in entry.weights)
 
@@ -144,6 +144,8 @@ def model_info(name: str) -> ModelInfo:
         UnknownModelError: With the nearest names, or the tags that exist.
         SpecError: For a weights record that says something impossible.
     """
+    if not isinstance(name, str):
+        raise UnknownModelError(f"{name!r} is no name of a model; medmim.list_models() has all")
     architecture, separator, tag = name.partition(".")
     entry = _models().get(architecture)
     if entry is None:
@@ -216,7 +218,7 @@ def register_model(
     from medmim.spec import WeightsSpec
 
     for what, word in (("model", name), ("family", family or name)):
-        if not _NAME.fullmatch(word):
+        if not isinstance(word, str) or not _NAME.fullmatch(word):
             raise SpecError(f"{word!r} cannot name a {what}: use lower-case letters, digits and _, a letter first")
     if name in _models():
         raise SpecError(f"a model {name!r} exists already; choose another name")
@@ -352,7 +354,10 @@ def nearest(word: str, known: Collection[str]) -> str:
 
 
 def _several(words: str | Iterable[str]) -> list[str]:
-    return [words] if isinstance(words, str) else list(words)
+    several = [words] if isinstance(words, str) or not isinstance(words, Iterable) else list(words)
+    if not all(isinstance(word, str) for word in several):
+        raise SpecError(f"filters and tags are texts, or lists of them, not {words!r}")
+    return several
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,8 @@ from medmim.errors import SpecError
 from medmim.factory import create_model
 from medmim.heads.segmenter import Segmenter
 from medmim.spec import ModelSpec, Origin, PartSpec, TaskSpec, VolumeSpec
+
+MOST_CLASSES = 2**15  # labels are int16
 
 
 def create_segmenter(
@@ -45,23 +48,41 @@ def create_segmenter(
         UnknownModelError: See `create_model`.
         WeightsError: See `create_model`.
     """
-    if num_classes is None and not classes:
-        raise SpecError("a segmenter needs num_classes=, the background included, or classes=, their names")
-    if (len(classes) if num_classes is None else num_classes) < 2:
-        raise SpecError("a segmenter needs two classes or more, the background included")
-    classes = tuple(classes) or ("background", *(f"class {i}" for i in range(1, num_classes)))
-    if num_classes not in (None, len(classes)):
-        raise SpecError(f"num_classes is {num_classes}, but {len(classes)} classes are named")
+    classes = _names_of_classes(num_classes, classes)
+    part = PartSpec.parse({"kind": decoder, "args": decoder_args or {}}, source="decoder")
     model = create_model(encoder, pretrained, **kwargs)
     if isinstance(model, Segmenter):
         model = encoder_of(model)
     model.reset_classifier(0)
-    part = PartSpec(kind=decoder, args=dict(decoder_args or {}))
     segmenter = Segmenter(model, part, num_classes=len(classes))
     segmenter.decoder.to(next(model.parameters()))
     segmenter.train(model.training)
     segmenter.spec = _with_task(model.spec, kind="segmentation", classes=classes, decoder=part, volume=volume)
     return segmenter
+
+
+def _names_of_classes(num_classes: int | None, classes: Sequence[str]) -> tuple[str, ...]:
+    """The names of a segmenter's classes, made up where they are not given."""
+    classes = _as_names(classes)
+    if num_classes is None and not classes:
+        raise SpecError("a segmenter needs num_classes=, the background included, or classes=, their names")
+    number = len(classes) if num_classes is None else num_classes
+    if not isinstance(number, Integral):
+        raise SpecError(f"num_classes must be a whole number, not {number!r}")
+    if not 2 <= number <= MOST_CLASSES:
+        raise SpecError(
+            f"a segmenter needs two classes or more, the background included, and at most {MOST_CLASSES}; not {number}"
+        )
+    if classes and number != len(classes):
+        raise SpecError(f"num_classes is {number}, but {len(classes)} classes are named")
+    return classes or ("background", *(f"class {i}" for i in range(1, number)))
+
+
+def _as_names(classes: Sequence[str]) -> tuple[str, ...]:
+    # A text would be taken for the names of its letters.
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise SpecError(f"classes must be names, such as ('background', 'liver'), not {classes!r}")
+    return tuple(classes)
 
 
 def name_classes(model: nn.Module, classes: Sequence[str], *, volume: VolumeSpec | None = None) -> None:
@@ -75,6 +96,9 @@ def name_classes(model: nn.Module, classes: Sequence[str], *, volume: VolumeSpec
     Raises:
         SpecError: When there are not as many names as outputs, or two are the same.
     """
+    if not isinstance(getattr(model, "spec", None), ModelSpec):
+        raise SpecError("only a model from create_model can be given names of classes")
+    classes = _as_names(classes)
     if len(classes) != model.num_classes:
         raise SpecError(f"the model has {model.num_classes} outputs, but {len(classes)} classes are named")
     if isinstance(model, Segmenter):

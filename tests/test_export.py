@@ -16,7 +16,7 @@ import medmim
 from fakes import RECORD, save_tiny, tiny_model
 from medmim import cli, export
 from medmim.errors import MedmimError, SpecError, WeightsError
-from medmim.spec import ModelSpec
+from medmim.spec import ModelSpec, VolumeSpec, ZScore
 from synthetic import write_scan
 
 
@@ -108,6 +108,23 @@ def test_monai_bundle_of_a_segmenter_embeds_by_its_encoder(name, decoder, tmp_pa
     workflow.run()
     pooled = medmim.embed(medmim.create_model(tiny, pretrained=True), root / "scans" / "head.nii.gz").pooled
     assert torch.equal(load_file(root / "features.safetensors")["head.nii.gz/pooled"], pooled)
+
+
+def test_what_was_changed_since_a_model_was_built_is_exported(model, tmp_path):
+    model.set_input_size((16, 32, 16))
+    medmim.export_model(model, tmp_path / "model.pt2", to="torch-export")
+    extra = {"medmim.json": ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    assert json.loads(extra["medmim.json"])["args"]["img_size"] == [16, 32, 16]
+
+    model.reset_classifier(2)
+    volume = VolumeSpec(intensity={"PET": ZScore()})
+    medmim.name_classes(model, ("no", "yes"), volume=volume)
+    medmim.export_model(model, tmp_path / "bundle", to="monai-bundle")
+    metadata = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())
+    image = metadata["network_data_format"]["inputs"]["image"]
+    assert (image["spatial_shape"], image["modality"], image["value_range"]) == ([16, 32, 16], "PET", [])
+    assert medmim.from_pretrained(tmp_path / "bundle" / "models").spec.volume == volume
 
 
 def test_what_a_bundle_could_not_embed_is_not_exported(tmp_path):

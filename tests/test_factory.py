@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import pickle
 import re
 import subprocess
@@ -19,9 +20,11 @@ from torch import nn
 
 import medmim
 from fakes import RECORD, TINY, save_tiny, tiny_decoder, tiny_model
-from medmim import checkpoints
+from medmim import checkpoints, hub
 from medmim.errors import SpecError, UnknownModelError, WeightsError
 from medmim.models.vit import resize_patch_kernel
+from medmim.publish import save_with_golden
+from medmim.verify import verify
 
 SIZE, GRID = (32, 48, 16), (4, 3, 2)
 
@@ -82,14 +85,13 @@ def test_every_model_builds_at_its_own_size(name):
 
 @pytest.mark.parametrize("name", medmim.list_pretrained())
 def test_every_packaged_set_of_weights_loads_offline_and_keeps_its_promise(name):
-    from medmim import hub
-    from medmim.golden import GOLDEN_FILE, golden_outputs
+    from medmim.golden import golden_outputs
 
     if not (hub.PACKAGED / name).is_dir():
         pytest.skip(f"{name} does not ship with the source")
     model = medmim.create_model(name, pretrained=True)
     decoder = medmim.create_decoder(model) if model.spec.weights.decoder else None
-    golden = load_file(hub.PACKAGED / name / GOLDEN_FILE)
+    golden = load_file(hub.PACKAGED / name / hub.GOLDEN)
     outputs = golden_outputs(model, decoder)
     assert outputs.keys() == golden.keys()
     for key, expected in golden.items():
@@ -142,8 +144,6 @@ def test_a_large_model_is_sharded(tmp_path, monkeypatch):
 
 
 def test_names_of_all_kinds_give_the_same_weights(tiny_weights):
-    from medmim import hub
-
     folder = hub.PACKAGED / "tiny.fake"
     model = medmim.create_model("tiny", pretrained=True)
     assert model.spec == tiny_weights.model_copy(update={"architecture": "tiny"})
@@ -256,6 +256,56 @@ def test_one_number_is_a_cube(pretrained, tiny_weights):
 def test_arguments_of_timm_and_monai_have_another_name_here(argument, value, way_out):
     with pytest.raises(UnknownModelError, match=re.escape(f"no argument '{argument}'; {way_out}")):
         medmim.create_model("vit_t_mae3d", **{argument: value})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: medmim.create_model(None),
+        lambda: medmim.create_model(Path("vit_t_mae3d")),
+        lambda: medmim.create_model("vit_t_mae3d", device="graphics card"),
+        lambda: medmim.create_model("vit_t_mae3d", device=1.5),
+        lambda: medmim.create_model("vit_t_mae3d", dtype="float32"),
+        lambda: medmim.create_model("vit_t_mae3d", dtype=torch.int32),
+        lambda: medmim.create_model("vit_t_mae3d", checkpoint_path=3),
+        lambda: medmim.from_pretrained(None),
+        lambda: medmim.from_pretrained(3),
+        lambda: medmim.from_pretrained(b"x"),
+        lambda: medmim.from_pretrained(""),
+        lambda: medmim.save_pretrained(tiny_model(), None),
+        lambda: medmim.save_pretrained(tiny_model(), ""),
+        lambda: medmim.save_pretrained(tiny_model(), "a\0b"),
+        lambda: medmim.save_pretrained(tiny_model(), "x", weights="CC-BY-4.0"),
+        lambda: medmim.save_pretrained("vit_t_mae3d", "x"),
+        lambda: medmim.save_pretrained(nn.Linear(2, 2), "x"),
+        lambda: medmim.export_model(tiny_model(), None, to="onnx"),
+        lambda: medmim.export_model(None, "x", to="onnx"),
+        lambda: medmim.create_decoder(nn.Linear(2, 2)),
+        lambda: medmim.name_classes(nn.Linear(2, 2), ("a", "b")),
+        lambda: medmim.create_transform(None),
+        lambda: medmim.create_segmenter(None, num_classes=2),
+        lambda: medmim.create_segmenter("vit_t_mae3d", None, num_classes=2),
+        lambda: medmim.create_segmenter("vit_t_mae3d", num_classes="2"),
+        lambda: medmim.create_segmenter("vit_t_mae3d", num_classes=2.5),
+        lambda: medmim.create_segmenter("vit_t_mae3d", num_classes=10**9),
+        lambda: medmim.create_segmenter("vit_t_mae3d", classes="liver"),
+        lambda: medmim.create_segmenter("vit_t_mae3d", classes=3),
+        lambda: medmim.create_segmenter("vit_t_mae3d", num_classes=2, decoder_args=3),
+        lambda: medmim.create_segmenter("vit_t_mae3d", num_classes=2, volume="CT"),
+        lambda: medmim.list_models(None),
+        lambda: medmim.list_models(["vit_*", 3]),
+        lambda: medmim.list_models(tags=3),
+        lambda: medmim.list_pretrained(3),
+        lambda: medmim.model_info(None),
+        lambda: medmim.register_model(3),
+    ],
+)
+def test_odd_arguments_of_public_functions_are_one_error(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(medmim.MedmimError):
+        call()
+    assert not list(tmp_path.iterdir())
+    assert not medmim.is_model(None)
 
 
 def test_a_path_that_is_neither_folder_nor_repository(tmp_path):
@@ -627,6 +677,64 @@ def test_a_model_of_other_patches_has_no_decoder(tiny_folder):
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published_folder(tmp_path):
+    """A model folder with everything that is published beside weights."""
+    model = tiny_model()
+    save_with_golden(model, tmp_path / "published", decoder=tiny_decoder(model), weights=RECORD)
+    for name in hub.COMPANIONS:
+        (tmp_path / "published" / name).write_text("of the model")
+    return tmp_path / "published"
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_model_saved_over_itself_loses_nothing(published_folder):
+    before = content_of(published_folder)
+    medmim.save_pretrained(medmim.from_pretrained(published_folder), published_folder)
+    assert content_of(published_folder) == before
+    assert all(check.fault is None for check in verify(f"local-dir:{published_folder}"))
+
+
+@pytest.mark.parametrize("args", [{}, {"img_size": (16, 32, 16)}, {"num_classes": 2}])
+def test_of_another_model_nothing_stays(args, published_folder):
+    (published_folder / "notes.txt").write_text("mine")
+    model = medmim.from_pretrained(published_folder, **args)
+    if not args:
+        torch.nn.init.constant_(model.norm.bias, 7)
+    saved = medmim.save_pretrained(model, published_folder)
+    assert set(content_of(published_folder)) == {"config.json", "model.safetensors", "notes.txt"}
+    assert (saved.weights.decoder, saved.weights.golden, saved.weights.evidence) == (None, None, ())
+    assert_same_state(medmim.from_pretrained(published_folder), model)
+
+
+def test_files_of_a_folder_without_a_model_are_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("of the project")
+    medmim.save_pretrained(tiny_model(), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "of the project"
+
+
+@pytest.mark.parametrize("failing", [1, 5, 9, 10, 11])  # nine go out, two come in
+def test_what_fails_while_files_change_places_puts_them_back(failing, published_folder, monkeypatch):
+    before, moves, replace = content_of(published_folder), [], os.replace
+
+    def fail_once(source, target):
+        # Files are written by renaming too; those that are moved out or in keep their name.
+        if Path(source).name == Path(target).name:
+            moves.append(source)
+            if len(moves) == failing:
+                raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    model = tiny_model(depth=1)
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        medmim.save_pretrained(model, published_folder)
+    assert content_of(published_folder) == before
 
 
 def test_what_a_model_folder_holds(tiny_folder):

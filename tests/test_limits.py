@@ -6,8 +6,10 @@ import gzip
 import io
 import json
 import os
+import threading
 import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import blosc2
 import nibabel as nib
@@ -20,9 +22,10 @@ from fakes import TINY
 from medmim import hub, registry
 from medmim.checkpoints import read_tensors
 from medmim.command import Terminal
+from medmim.construction import limited_construction
 from medmim.convert.dynamic_network_architectures import from_unet_decoder
 from medmim.errors import LONGEST, MedmimError, ScanError, SpecError, WeightsError
-from medmim.limits import limited_construction, read_text
+from medmim.limits import read_text
 from medmim.spec import FileSpec, VolumeSpec, WeightsSpec, Window
 from medmim.transforms import to_grid
 from medmim.volumes import Volume, load_volume
@@ -109,6 +112,29 @@ def test_what_is_built_elsewhere_is_not_counted():
         pass
     with torch.device("meta"):
         assert torch.nn.Linear(100_000, 100_000).weight.numel() > 5_000_000_000
+
+
+def test_a_model_is_built_while_another_thread_builds_one(tiny_folder):
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    def load(owner, key, child):
+        if threading.current_thread() is threading.main_thread():
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(medmim.from_pretrained, tiny_folder[0]).result()
+
+    # Torch goes on to the second one after a model was loaded meanwhile.
+    hooks = [register_module_module_registration_hook(hook) for hook in (load, lambda owner, key, child: None)]
+    try:
+        torch.nn.Sequential(torch.nn.Identity())
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("size", [16_000, (16_000, 16_000, 16_000), (1008, 1008, 960)])
+def test_an_input_that_no_scan_fills_is_refused(size):
+    with pytest.raises(SpecError, match=r"more than 1000000000 voxels|more numbers in buffers"):
+        medmim.create_model("vit_t_mae3d", img_size=size, patch_size=4)
 
 
 @pytest.mark.parametrize("name", ["CON", "nul.safetensors", "a/com1.txt", "C:model", "a b", "model.", "a\x1bb", "é"])

@@ -187,9 +187,19 @@ def test_many_publish_at_once(local, files, other_files):
 
 def test_a_tag_is_given_once(local, files, other_files):
     version = local.publish(REPO, files, tag="v1")
-    with pytest.raises(WeightsError, match="has a tag 'v1' already"):
+    with pytest.raises(WeightsError, match="has a branch or tag 'v1' already"):
         local.publish(REPO, other_files, tag="v1")
     assert local.find(REPO).name == version
+
+
+def test_a_tag_does_not_move(local, files, other_files):
+    version = local.publish(REPO, files, tag="v1")
+    with pytest.raises(WeightsError, match=r"'v1' is a tag of .*, which does not move"):
+        local.publish(REPO, other_files, branches=["v1"])
+    for name in ("main", "trial"):
+        with pytest.raises(WeightsError, match=f"has a branch or tag '{name}' already"):
+            local.publish(REPO, other_files, branches=["trial"], tag=name)
+    assert local.find(REPO, "v1").name == local.find(REPO).name == version
 
 
 # --- nothing outside --------------------------------------------------------------------------------------------------

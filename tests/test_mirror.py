@@ -16,6 +16,7 @@ from hubdouble import HubDouble
 from medmim import hub
 from medmim.errors import UnknownModelError, WeightsError
 from medmim.files import sha256_of
+from medmim.localhub import LocalHub
 from medmim.mirror import mirror
 from medmim.publish import save_with_golden
 from medmim.remote import HubAccess, Repository
@@ -72,6 +73,19 @@ def test_what_is_mirrored_has_the_same_name_commit_and_bytes(double, access, com
         assert torch.equal(model.norm.weight, tiny_model().norm.weight)
         assert (model.spec.weights.repo, model.spec.weights.revision) == (REPO, commit)
     assert not double.requests
+
+
+def test_an_old_revision_leaves_main_where_it_is(double, access, commit, folder, tmp_path):
+    (folder / "README.md").write_text("# A newer card")
+    double.add_folder(REPO, folder)
+    newest = double.repos[REPO].branches["main"]
+    assert newest != commit
+    local = LocalHub(tmp_path / "hub")
+    mirror(f"hf-hub:{REPO}@{commit}", local.root, access=access)
+    assert local.head(REPO) == commit  # the only one is the newest
+    mirror(f"hf-hub:{REPO}", local.root, access=access)
+    assert mirror(f"hf-hub:{REPO}@{commit}", local.root, access=access).name == commit
+    assert local.head(REPO) == newest
 
 
 def test_weights_of_the_catalog_are_found_in_the_mirror(double, access, commit, tmp_path, monkeypatch, registry):

@@ -230,6 +230,17 @@ def test_steps_multiply_to_the_patch_and_flat_ones_come_last():
 # --- specs ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_stored_segmenter_keeps_its_classes_unless_it_gets_a_new_decoder(tmp_path):
+    stored = f"local-dir:{tmp_path}"
+    medmim.save_pretrained(medmim.create_segmenter("vit_t_mae3d", "light", num_classes=3, **TINY["vit"]), tmp_path)
+    with pytest.raises(SpecError, match="segments into 3 classes, not 5; create_segmenter gives its encoder a new"):
+        medmim.create_model(stored, pretrained=True, num_classes=5)
+    same = medmim.create_model(stored, pretrained=True, num_classes=3)
+    assert (same.num_classes, same.encoder.num_classes) == (3, 0)
+    other = medmim.create_segmenter(stored, "light", num_classes=5, pretrained=True)
+    assert other(torch.zeros(1, 1, *other.img_size)).shape[1] == len(other.spec.task.classes) == 5
+
+
 def test_the_record_of_the_encoders_weights_and_another_preprocessing_are_kept(tmp_path):
     save_tiny(tmp_path / "encoder")
     volume = VolumeSpec.parse({"spacing": [1, 1, 2], "intensity": {"MR": {"kind": "zscore"}}}, source="test")

@@ -15,7 +15,7 @@ import medmim
 from medmim import hub
 from medmim.cards import PICTURE_FILE
 from medmim.factory import create_decoder
-from medmim.golden import GOLDEN_FILE, golden_outputs
+from medmim.golden import golden_outputs
 from medmim.hub import Folder, read_model
 from medmim_training.recipe import list_recipes
 
@@ -55,7 +55,7 @@ def test_one_name_in_three_places(name):
 def test_golden_outputs_are_what_was_promised(name):
     model = medmim.create_model(name, pretrained=True)
     outputs = golden_outputs(model, create_decoder(model))
-    golden = load_file(hub.PACKAGED / name / GOLDEN_FILE)
+    golden = load_file(hub.PACKAGED / name / hub.GOLDEN)
     assert outputs.keys() == golden.keys()
     for key, tensor in outputs.items():
         torch.testing.assert_close(tensor, golden[key], rtol=1e-3, atol=1e-4)
