@@ -25,6 +25,7 @@ from medmim.files import Content, atomic_write, size_of
 from medmim.golden import golden_outputs
 from medmim.localhub import MAIN, LocalHub
 from medmim.spec import ModelSpec, WeightsSpec
+from medmim.transport import without_password
 
 CARD, LICENSE = "README.md", "LICENSE"
 
@@ -370,7 +371,7 @@ class _Remote:
     create_pr: bool
 
     def __str__(self) -> str:
-        return self._api.endpoint
+        return without_password(self._api.endpoint)
 
     @property
     def _api(self):
@@ -447,7 +448,7 @@ class _Remote:
             yield
         # Whatever the client raises: its own errors, those of its HTTP library, of hf_xet.
         except Exception as error:
-            raise WeightsError(f"{what} on {self} failed: {_cure(repo, error)}") from error
+            raise WeightsError(f"{what} on {self} failed: {without_password(_cure(repo, error))}") from error
 
 
 def _cure(repo: str, error: Exception) -> str:

@@ -33,6 +33,14 @@ class HubAccess:
     endpoint: str | None = None
     local_files_only: bool = False
 
+    def __post_init__(self) -> None:
+        # The HTTP library would refuse it too, with an error that quotes it.
+        if isinstance(self.token, str) and not re.fullmatch(r"[!-~]*", self.token):
+            raise WeightsError(
+                "the token has a space, a line break or another character that no token has; copy it again, or leave "
+                "token= out to use HF_TOKEN or that of `hf auth login`"
+            )
+
     @property
     def address(self) -> str:
         """The endpoint that is asked."""
@@ -75,7 +83,7 @@ def download(repo: str, revision: str, name: str, access: HubAccess) -> Path | N
     except Exception as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
-        raise WeightsError(explain(f"{name} of {repo}@{revision}", error, access)) from error
+        raise WeightsError(without_password(explain(f"{name} of {repo}@{revision}", error, access))) from error
 
 
 def _in_attempts(repo: str, revision: str, name: str, access: HubAccess, *, is_cached: bool) -> Path:
@@ -186,6 +194,11 @@ def _is_of(response: Any, address: str) -> bool:
     """Whether an answer is of the Hub, not of the CDN it led to."""
     origin = "/".join(address.split("/", 3)[:3])
     return str(response.url).startswith(origin)
+
+
+def without_password(text: str) -> str:
+    """A text whose addresses lack what stands before the "@" of a server, as in https://user:password@server."""
+    return re.sub(r"(?<=://)[^/\s@]+@", "", text)
 
 
 def explain(what: str, error: Exception, access: HubAccess) -> str:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ import torch
 from huggingface_hub import scan_cache_dir
 
 import medmim
-from fakes import tiny_model
+from fakes import RECORD, tiny_model
 from hubdouble import HubDouble
 from medmim import files, hub, remote, transport
 from medmim.errors import SpecError, WeightsError
+from medmim.publish import push_to_hub
 from medmim.spec import FileSpec
 
 REPO = "org/tiny.fake"
@@ -155,6 +157,30 @@ def test_a_private_repository_needs_the_token_and_no_model_keeps_it(double, acce
     assert {(request.server, request.token) for request in double.requests} == {("hub", "hf_read"), ("cdn", None)}
     assert b"hf_read" not in pickle.dumps(model)
     assert "hf_read" not in repr(hub.HubAccess(token="hf_read"))
+
+
+@pytest.mark.parametrize("token", ["hf_secret\n", "hf_se cret", "hf_secret\u2603"])
+def test_a_token_that_is_none_is_refused_and_not_shown(token, double, access):
+    def push(repo, cache_dir, **options):
+        push_to_hub(tiny_model(), repo, weights=RECORD, **options)
+
+    for use in (medmim.from_pretrained, push):
+        with pytest.raises(WeightsError, match="the token has a space, a line break or another") as caught:
+            use(REPO, token=token, **access)
+        assert "hf_se" not in "".join(traceback.format_exception(caught.value))
+    assert not double.requests
+
+
+def test_a_password_in_the_address_of_a_hub_is_not_shown(double, access, tmp_path):
+    endpoint = double.endpoint.replace("://", "://me:hunter2@")
+    access = {**access, "endpoint": endpoint}
+    double.fault("*", "", times=math.inf, status=500)
+    with pytest.raises(WeightsError, match=f"could not be fetched from {double.endpoint}") as caught:
+        medmim.from_pretrained(REPO, **access)
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(WeightsError, match=f"on {double.endpoint} failed") as caught:
+        push_to_hub(tiny_model(), REPO, weights=RECORD, endpoint=endpoint)
+    assert "hunter2" not in str(caught.value)
 
 
 # --- damaged downloads ------------------------------------------------------------------------------------------------
