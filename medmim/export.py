@@ -58,7 +58,7 @@ def export_model(model: nn.Module, path: str | Path, *, to: str) -> None:
 
 def _to_torch_export(model: nn.Module, path: Path) -> None:
     with atomic_write(path) as temporary:
-        torch.export.save(_trace(model), temporary, extra_files={f"{CONFIG_KEY}.json": _config(current_spec(model))})
+        torch.export.save(_trace(model), temporary, extra_files={f"{CONFIG_KEY}.json": _config(model)})
 
 
 def _to_onnx(model: nn.Module, path: Path) -> None:
@@ -76,7 +76,7 @@ def _to_onnx(model: nn.Module, path: Path) -> None:
         external_data=False,
         verbose=False,
     )
-    program.model.metadata_props[CONFIG_KEY] = _config(current_spec(model))
+    program.model.metadata_props[CONFIG_KEY] = _config(model)
     with atomic_write(path) as temporary:
         program.save(str(temporary), external_data=False)
 
@@ -92,8 +92,11 @@ def _free_batch() -> tuple[dict[int, Any], ...]:
     return ({0: torch.export.Dim("batch")},)
 
 
-def _config(spec: ModelSpec) -> str:
-    return json.dumps(spec.to_data())
+def _config(model: nn.Module) -> str:
+    """The spec as text; of the arguments, those that it has, and what has been changed in them."""
+    spec, current = model.spec, current_spec(model).args
+    args = {key: current[key] for key in {**spec.args, "img_size": None} if key in current}
+    return json.dumps(spec.model_copy(update={"args": args}).to_data())
 
 
 # --- MONAI bundle -----------------------------------------------------------------------------------------------------
