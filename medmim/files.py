@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medmim.errors import SpecError
+from medmim.errors import OutputError, SpecError
 
 
 def to_path(value: Any, argument: str) -> Path:
@@ -26,9 +26,6 @@ def to_path(value: Any, argument: str) -> Path:
     if not path.strip() or "\0" in path:
         raise SpecError(f"{argument}={path!r} is no path")
     return Path(path)
-
-
-from medmim.errors import OutputError
 
 
 @contextmanager
