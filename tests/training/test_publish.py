@@ -99,6 +99,15 @@ def test_an_unfinished_run_is_refused(tmp_path, store):
         package(tmp_path, tmp_path / "out", store=store, tag="x", license="MIT", citation="@misc{none}")
 
 
+def test_a_run_is_not_packaged_with_another_store(finished, store, tmp_path):
+    """Its list of data would name scans that the weights never saw."""
+    fewer = Store(store.folder)
+    fewer.entries = store.entries[:1]
+    with pytest.raises(SpecError, match=r"the run drew from .*, of 3 volumes"):
+        package(finished[1], tmp_path / "out", store=fewer, tag="x", license="MIT", citation="@misc{none}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_are_means_over_each_group_and_reproducible(model, scans, tmp_path):
     (tmp_path / "text.nii.gz").write_text("no scan")
     listing = tmp_path / "list.csv"
