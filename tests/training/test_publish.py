@@ -170,8 +170,10 @@ def test_a_card_tells_of_the_run_before(model):
     weights = model.spec.weights
     training = weights.training.model_copy(update={"before": weights.training, "steps": 7})
     spec = model.spec.model_copy(update={"weights": weights.model_copy(update={"training": training})})
-    assert "7 steps" in (card := render_card(spec))
-    assert f"It started from weights of another run. Recipe `tiny`: {weights.training.steps} steps" in card
+    card = render_card(spec)
+    assert f"| 1 | `tiny` | {weights.training.steps} |" in card
+    assert "| 2 | `tiny` | 7 |" in card
+    assert "Each run started from the weights of the one above it." in card
 
 
 def with_weights(recipe: Recipe, weights: str, **args) -> Recipe:
