@@ -315,7 +315,8 @@ def test_verify_has_a_line_for_each_and_an_exit_code(call, model, hub_folder, tm
     assert (code, err) == (0, "")
     (version,) = (hub_folder / "org/name/snapshots").iterdir()
     files = [path for path in names(version) if path != "SHA256SUMS"]
-    assert sorted(out.splitlines()) == [f"local-dir:{version}: {name}: ok" for name in files]
+    checks = sorted([*files, "golden outputs"])
+    assert sorted(out.splitlines()) == [f"local-dir:{version}: {check}: ok" for check in checks]
     (version / "README.md").write_text("# Another")
     code, out, err = call("verify", f"hf-hub:org/name@{version.name}", tmp_path / "nothing")
     assert code == 1
