@@ -142,7 +142,7 @@ def test_from_a_run_to_a_local_hub(finished, run_publish, tmp_path, monkeypatch)
     commit = commit_in(run_publish("--hub", folder, "--version", "v1"))
     version = folder / REPO / "snapshots" / commit
     assert sorted(path.name for path in version.iterdir()) == sorted([*FILES, "SHA256SUMS"])
-    assert (folder / REPO / "refs" / "v1").read_text() == f"{commit}\n"
+    assert (folder / REPO / "tags" / "v1").read_text() == f"{commit}\n"
     model = medmim.create_model(f"hf-hub:{REPO}@v1", pretrained=True)
     save_file(model.state_dict(), tmp_path / "loaded.safetensors")
     assert_trained(finished[0], tmp_path / "loaded.safetensors")

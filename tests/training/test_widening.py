@@ -107,7 +107,7 @@ def test_a_run_starts_from_narrower_weights_and_says_so(finished, recipe, store,
     training = medmim.create_model(f"local-dir:{tmp_path / 'wide'}", pretrained=True).spec.weights.training
     assert training.widened
     assert training.before == before
-    assert "from weights of a narrower network" in (tmp_path / "wide" / "README.md").read_text("utf-8")
+    assert "The network of run 2 is wider" in (tmp_path / "wide" / "README.md").read_text("utf-8")
 
 
 def test_a_decoder_that_cannot_be_widened_starts_anew(recipe, store, tmp_path):
