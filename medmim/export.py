@@ -20,10 +20,10 @@ from torch import nn
 from medmim import __version__
 from medmim.cards import NOTICE
 from medmim.errors import MedmimError, SpecError, WeightsError
-from medmim.factory import current_spec, save_pretrained
 from medmim.files import atomic_write, to_path, write_text
 from medmim.heads.segmenter import Segmenter
 from medmim.inference import last_map
+from medmim.saving import current_spec, save_pretrained
 from medmim.spec import ModelSpec, VolumeSpec, ZScore
 
 CONFIG_KEY = "medmim"  # of ONNX metadata, and without the suffix of an extra file of torch.export
