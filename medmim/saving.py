@@ -15,7 +15,7 @@ from medmim.arguments import parameters_of
 from medmim.checkpoints import misfit, without_values, write_tensors
 from medmim.construction import construct, with_decoder
 from medmim.errors import MedmimError, SpecError, WeightsError
-from medmim.files import to_path
+from medmim.files import check_writable, to_path
 from medmim.heads.segmenter import Segmenter
 from medmim.spec import ModelSpec, WeightsSpec
 
@@ -52,6 +52,7 @@ def save_pretrained(
         The spec that was written, with the digests of the files.
 
     Raises:
+        OutputError: For a folder that cannot be written.
         SpecError: For a record that lacks something or says something impossible.
         WeightsError: For a model that its spec does not describe, so that it could not be loaded back.
     """
@@ -68,6 +69,7 @@ def save_pretrained(
     record = _record_to_save(model.spec, weights, with_decoder=decoder is not None)
 
     folder = to_path(folder, "folder")
+    check_writable(folder / hub.CONFIG)
     former = _saved_in(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
