@@ -11,10 +11,11 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from medmim.classification import classify
     from medmim.errors import MedmimError, ScanError, SpecError, UnknownModelError, WeightsError
     from medmim.export import export_model
-    from medmim.factory import create_decoder, create_model, from_pretrained, save_pretrained
+    from medmim.factory import create_decoder, create_model, from_pretrained
     from medmim.inference import embed
     from medmim.publish import push_to_hub
     from medmim.registry import is_model, list_models, list_pretrained, model_info, register_model
+    from medmim.saving import save_pretrained
     from medmim.segmentation import segment
     from medmim.spec import ModelSpec, TaskSpec, VolumeSpec, WeightsSpec
     from medmim.tasks import create_segmenter, name_classes
@@ -52,7 +53,7 @@ _MODULE_OF = {
     "push_to_hub": "publish",
     "register_model": "registry",
     "register_with_timm": "timm_models",
-    "save_pretrained": "factory",
+    "save_pretrained": "saving",
     "segment": "segmentation",
 }
 

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from medmim import __version__
+from medmim import __version__, hub, registry
+from medmim.arguments import defaults_of
 from medmim.cards import NOTICE
 from medmim.errors import MedmimError, SpecError, WeightsError
-from medmim.factory import current_spec, save_pretrained
-from medmim.files import atomic_write, to_path, write_text
+from medmim.files import atomic_write, check_writable, to_path, write_text
 from medmim.heads.segmenter import Segmenter
 from medmim.inference import last_map
+from medmim.saving import current_spec, save_pretrained
 from medmim.spec import ModelSpec, VolumeSpec, ZScore
 
 CONFIG_KEY = "medmim"  # of ONNX metadata, and without the suffix of an extra file of torch.export
@@ -41,6 +42,7 @@ def export_model(model: nn.Module, path: str | Path, *, to: str) -> None:
 
     Raises:
         MedmimError: When a package is missing or the form cannot hold the model.
+        OutputError: For a path that cannot be written.
         SpecError: For a form that does not exist, or a bundle of an encoder that `embed` refuses.
         WeightsError: For a model without spec, or for a bundle without an input contract.
     """
@@ -57,6 +59,7 @@ def export_model(model: nn.Module, path: str | Path, *, to: str) -> None:
 
 
 def _to_torch_export(model: nn.Module, path: Path) -> None:
+    check_writable(path)
     with atomic_write(path) as temporary:
         torch.export.save(_trace(model), temporary, extra_files={f"{CONFIG_KEY}.json": _config(model)})
 
@@ -67,6 +70,7 @@ def _to_onnx(model: nn.Module, path: Path) -> None:
         raise MedmimError(f"export to ONNX needs {' and '.join(missing)}; pip install 'medmim[export]'")
     if (size := sum(tensor.nbytes for tensor in model.state_dict().values())) >= ONNX_BYTES:
         raise MedmimError(f"{model.spec.name} has {size / 1e9:.1f} GB, an ONNX file holds 2; export it to torch-export")
+    check_writable(path)
     program = torch.onnx.export(
         _trace(model),
         dynamo=True,
@@ -95,7 +99,13 @@ def _free_batch() -> tuple[dict[int, Any], ...]:
 def _config(model: nn.Module) -> str:
     """The spec as text; of the arguments, those that it has, and what has been changed in them."""
     spec, current = model.spec, current_spec(model).args
-    args = {key: current[key] for key in {**spec.args, "img_size": None} if key in current}
+    defaults = defaults_of(registry.find_family(spec.family, needed_by=spec.name).cls)
+    args = {
+        key: value
+        for key, value in current.items()
+        # The input size is said in any case: it is all that the exported form takes.
+        if key in spec.args or key == "img_size" or key not in defaults or value != defaults[key]
+    }
     return json.dumps(spec.model_copy(update={"args": args}).to_data())
 
 
@@ -107,10 +117,13 @@ def _to_bundle(model: nn.Module, folder: Path) -> None:
     if model.spec.weights is None:
         raise WeightsError(f"{model.spec.name} holds no weights with an input contract, which a bundle needs")
     last_map(model)  # refuses now what the workflow could not embed
-    spec = save_pretrained(model, folder / "models")
-    configs = {"metadata": _bundle_metadata(spec, _bundle_output(model)), "inference": INFERENCE}
-    for name, config in configs.items():
-        write_text(folder / "configs" / f"{name}.json", json.dumps(config, indent=2) + "\n")
+    models, metadata, inference = (
+        folder / name for name in ("models", "configs/metadata.json", "configs/inference.json")
+    )
+    check_writable(models / hub.CONFIG, metadata, inference)
+    spec = save_pretrained(model, models)
+    for path, config in ((metadata, _bundle_metadata(spec, _bundle_output(model))), (inference, INFERENCE)):
+        write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 INFERENCE = {

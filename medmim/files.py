@@ -6,11 +6,13 @@ import csv
 import errno
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from medmim.errors import OutputError, SpecError
 
@@ -37,14 +39,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept because writers such as nibabel and matplotlib choose the format by it.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix="".join(path.suffixes[-2:]))
+    temporary = path.parent / f".writing-{uuid4().hex}{''.join(path.suffixes[-2:])}"
+    # Not by tempfile, whose files are for their owner alone: this one has the permissions that the umask leaves.
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    permissions = stat.S_IMODE(os.fstat(handle).st_mode)
     os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(permissions)  # safetensors puts a file of its own in the place
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -110,10 +114,3 @@ def fault_of(path: Path, *, sha256: str, size: int | None = None) -> str | None:
         return f"it has {found} bytes, expected {size}"
     found = sha256_of(path)
     return None if found == sha256 else f"its sha256 is {found}, expected {sha256}"
-
-
-def _umask() -> int:
-    # There is no way to read the umask without setting it.
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from medmim import hub
 from medmim.errors import WeightsError
-from medmim.factory import resolve
 from medmim.localhub import MAIN, REVISION, LocalHub, Version
+from medmim.resolution import resolve
 
 
 def mirror(

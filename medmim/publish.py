@@ -20,10 +20,12 @@ from torch import nn
 
 from medmim import __version__, hub
 from medmim.errors import SpecError, WeightsError
-from medmim.factory import create_decoder, create_model, resolve, save_pretrained
+from medmim.factory import create_decoder, create_model
 from medmim.files import Content, atomic_write, size_of
 from medmim.golden import golden_outputs
 from medmim.localhub import MAIN, LocalHub
+from medmim.resolution import resolve
+from medmim.saving import save_pretrained
 from medmim.spec import ModelSpec, WeightsSpec
 from medmim.transport import without_password
 

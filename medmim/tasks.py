@@ -30,14 +30,15 @@ def create_segmenter(
     """Builds a segmentation network around an encoder, on request with the encoder's weights.
 
     Args:
-        encoder: A name as for `create_model`; of a segmenter that was saved, the encoder is taken.
+        encoder: A name as for `create_model`; of a segmenter or classifier that was saved, the encoder is taken, which
+            is then what the new model started from.
         decoder: "unetr" for a plain transformer, "unet" for a pyramid (residual and Swin encoders); "light" (transposed
             convolutions) and "linear" take any encoder.
         num_classes: K, the background included, at least 2; may be left out when `classes` are given.
         classes: Their names, the background first; without them "background", "class 1", ...
         pretrained: Loads the encoder's weights; the decoder is new either way. The model is then in evaluation mode.
         decoder_args: Arguments of the decoder, such as `feature_size` of "unetr".
-        volume: Preprocessing, where it is not that of the encoder's weights.
+        volume: Preprocessing, where it is not that which the encoder was trained with last.
         **kwargs: As for `create_model`: `img_size`, `in_chans`, `device`, `revision`, ...
 
     Returns:
@@ -51,9 +52,8 @@ def create_segmenter(
     classes = _names_of_classes(num_classes, classes)
     part = PartSpec.parse({"kind": decoder, "args": decoder_args or {}}, source="decoder")
     model = create_model(encoder, pretrained, **kwargs)
-    if isinstance(model, Segmenter):
-        model = encoder_of(model)
-    model.reset_classifier(0)
+    volume = volume or model.spec.volume  # that of a stored task goes before that of the weights
+    model = encoder_of(model)
     segmenter = Segmenter(model, part, num_classes=len(classes))
     segmenter.decoder.to(next(model.parameters()))
     segmenter.train(model.training)
@@ -120,8 +120,17 @@ def _origin(spec: ModelSpec) -> Origin | None:
     return Origin(name=spec.name, license=spec.weights.license) if spec.weights is not None else None
 
 
-def encoder_of(segmenter: Segmenter) -> nn.Module:
-    """The encoder of a segmenter, with its spec but for the task."""
-    encoder = segmenter.encoder
-    encoder.spec = segmenter.spec.model_copy(update={"task": None})
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The encoder of a model, without what a task added to it but prepared for as the task was.
+
+    Args:
+        model: A segmenter, or an encoder with or without a classifier, which is taken off.
+
+    Returns:
+        The encoder itself, no copy. Its spec has no task, and its weights the preprocessing of the task.
+    """
+    encoder, spec = model.encoder if isinstance(model, Segmenter) else model, model.spec
+    weights = spec.weights.model_copy(update={"volume": spec.volume}) if spec.weights is not None else None
+    encoder.reset_classifier(0)
+    encoder.spec = spec.model_copy(update={"task": None, "weights": weights})
     return encoder

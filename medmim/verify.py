@@ -9,11 +9,12 @@ from pathlib import Path
 from medmim import hub
 from medmim.checkpoints import read_tensors
 from medmim.errors import MedmimError, WeightsError
-from medmim.factory import create_decoder, create_model, resolve
+from medmim.factory import create_decoder, create_model
 from medmim.files import sha256_of
 from medmim.golden import difference, golden_outputs
 from medmim.localhub import SUMS, LocalHub, read_sums
 from medmim.registry import list_pretrained
+from medmim.resolution import resolve
 
 GOLDEN = "golden outputs"
 

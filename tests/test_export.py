@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import medmim
 from fakes import RECORD, save_tiny, tiny_model
 from medmim import cli, export
-from medmim.errors import MedmimError, SpecError, WeightsError
+from medmim.errors import MedmimError, OutputError, SpecError, WeightsError
 from medmim.spec import ModelSpec, VolumeSpec, ZScore
 from synthetic import write_scan
 
@@ -125,6 +125,39 @@ def test_what_was_changed_since_a_model_was_built_is_exported(model, tmp_path):
     image = metadata["network_data_format"]["inputs"]["image"]
     assert (image["spatial_shape"], image["modality"], image["value_range"]) == ([16, 32, 16], "PET", [])
     assert medmim.from_pretrained(tmp_path / "bundle" / "models").spec.volume == volume
+
+
+def test_the_text_of_an_exported_model_builds_it_again():
+    model = medmim.create_model("vit_t_mae3d", embed_dim=24, depth=1)
+    assert json.loads(export._config(model)) == model.spec.to_data()  # nothing more, as nothing was changed
+    model.reset_classifier(2, "attn")
+    model.set_input_size((32, 48, 16), (8, 16, 8))
+    spec = ModelSpec.parse(json.loads(export._config(model)), source="text")
+    again = medmim.create_model(spec.architecture, **spec.args)
+    shapes = [{key: tensor.shape for key, tensor in one.state_dict().items()} for one in (model, again)]
+    assert shapes[0] == shapes[1]
+    assert (again.num_classes, again.global_pool, again.patch_size) == (2, "attn", (8, 16, 8))
+
+
+@pytest.mark.parametrize("taken", ["bundle", "bundle/models", "bundle/configs", "bundle/models/config.json/folder"])
+def test_a_bundle_is_not_begun_where_it_cannot_be_written(taken, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "save_pretrained", None)
+    path = tmp_path / taken
+    if taken.endswith("folder"):
+        path.mkdir(parents=True)
+    else:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    with pytest.raises(OutputError, match=r"^[^\n]*bundle/.*: cannot be written \(.*\); choose another output$"):
+        medmim.export_model(model, tmp_path / "bundle", to="monai-bundle")
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch-export"])
+def test_a_file_is_not_computed_where_it_cannot_be_written(form, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_trace", None)
+    (tmp_path / "taken").touch()
+    with pytest.raises(OutputError, match=r"taken/model: cannot be written \(Not a directory\); choose another output"):
+        medmim.export_model(model, tmp_path / "taken" / "model", to=form)
 
 
 def test_what_a_bundle_could_not_embed_is_not_exported(tmp_path):

@@ -16,7 +16,8 @@ from medmim.golden import difference, golden_outputs
 from medmim.heads.segmenter import DECODERS, Segmenter
 from medmim.heads.unetr import UNETRDecoder
 from medmim.layers.upsampling import upsampling_strides
-from medmim.spec import ModelSpec, VolumeSpec
+from medmim.spec import ModelSpec, VolumeSpec, ZScore
+from medmim.tasks import encoder_of
 from medmim.verify import GOLDEN, verify
 
 FITTING = {
@@ -283,6 +284,38 @@ def test_the_encoder_of_a_segmenter_starts_another_task(tmp_path):
     other = medmim.create_segmenter(f"local-dir:{tmp_path}", "linear", num_classes=2, pretrained=True)
     assert all(torch.equal(p, q) for p, q in zip(model.encoder.parameters(), other.encoder.parameters(), strict=True))
     assert other.spec.task.classes == ("background", "class 1")
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "classification"])
+def test_a_segmenter_from_a_fine_tuned_model_prepares_scans_as_that_one(kind, tmp_path):
+    save_tiny(tmp_path / "encoder")
+    volume = VolumeSpec.parse({"spacing": [1, 1, 2], "intensity": {"MR": {"kind": "zscore"}}}, source="test")
+    name = f"local-dir:{tmp_path / 'encoder'}"
+    if kind == "segmentation":
+        tuned = medmim.create_segmenter(name, "light", classes=CLASSES, pretrained=True, volume=volume)
+    else:
+        tuned = medmim.create_model(name, pretrained=True, num_classes=3)
+        medmim.name_classes(tuned, CLASSES, volume=volume)
+    saved = medmim.save_pretrained(tuned, tmp_path / "tuned")
+    assert saved.volume == volume != saved.weights.volume
+
+    stored = f"local-dir:{tmp_path / 'tuned'}"
+    encoder = encoder_of(medmim.create_model(stored, pretrained=True))
+    assert (encoder.spec.volume, encoder.spec.task, encoder.num_classes) == (volume, None, 0)
+    again = medmim.create_segmenter(stored, "linear", num_classes=2, pretrained=True)
+    assert again.spec.volume == volume
+    # What it started from are the weights of the first task, which are not those of the pretraining any more.
+    assert (again.spec.task.origin.name, again.spec.task.kind) == (saved.name, "segmentation")
+    assert medmim.save_pretrained(again, tmp_path / "again").name == f"{saved.name}_segmentation"
+    other = VolumeSpec(intensity={"PET": ZScore()})
+    assert medmim.create_segmenter(stored, "linear", num_classes=2, pretrained=True, volume=other).spec.volume == other
+
+
+def test_a_segmenter_that_was_saved_without_a_record_hands_its_preprocessing_on(tmp_path):
+    volume = VolumeSpec(intensity={"PET": ZScore()})
+    medmim.save_pretrained(tiny_segmenter("vit_t_mae3d", "light", volume=volume), tmp_path)
+    again = medmim.create_segmenter(f"local-dir:{tmp_path}", "linear", num_classes=2, pretrained=True)
+    assert (again.spec.volume, again.spec.task.origin) == (volume, None)
 
 
 def test_a_classifier_keeps_its_class_names(tmp_path):

@@ -9,12 +9,13 @@ import torch
 from medmim import hub
 from medmim.cards import PICTURE_FILE, card_scan, render_card
 from medmim.errors import SpecError, WeightsError
-from medmim.factory import create_decoder, from_pretrained, resolve
+from medmim.factory import create_decoder, from_pretrained
 from medmim.files import atomic_write, write_csv, write_text
 from medmim.limits import CONFIG_BYTES, read_csv, read_json
 from medmim.pictures import reconstruction_picture
 from medmim.publish import catalog_entry, save_with_golden
 from medmim.reconstruction import reconstruct_scan
+from medmim.resolution import resolve
 from medmim.spec import Evidence, ModelSpec, TrainingRecord
 from medmim_training.checkpoint import load_latest
 from medmim_training.claims import check_store

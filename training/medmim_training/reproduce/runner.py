@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from medmim.errors import MedmimError, SpecError
-from medmim.factory import save_pretrained
 from medmim.files import write_text
 from medmim.hub import CONFIG
 from medmim.limits import CONFIG_BYTES, LIST_BYTES, read_json, read_text
+from medmim.saving import save_pretrained
 from medmim.spec import VolumeSpec
 from medmim_training.checkpoint import CheckpointError
 from medmim_training.engine import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, pretrain

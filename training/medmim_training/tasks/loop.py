@@ -20,9 +20,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from medmim.errors import SpecError
-from medmim.factory import save_pretrained
 from medmim.files import write_text
 from medmim.limits import LIST_BYTES, read_json
+from medmim.saving import save_pretrained
 from medmim_training.checkpoint import BEST, load_latest, save_checkpoint
 from medmim_training.claims import claim
 from medmim_training.engine import CHECKPOINTS, METRICS_FILE, PICTURES, PRIME, RECIPE_FILE, NonFiniteLossError

@@ -21,7 +21,6 @@ from torch import nn
 from medmim.errors import SpecError
 from medmim.factory import create_model
 from medmim.files import atomic_write, write_csv, write_text
-from medmim.heads.segmenter import Segmenter
 from medmim.identity import weights_digest
 from medmim.inference import evaluating
 from medmim.registry import is_model, model_info
@@ -151,10 +150,9 @@ def build_encoder(recipe: ProbeRecipe) -> nn.Module:
     torch.manual_seed(recipe.seed)
     device = "cuda" if torch.cuda.is_available() else None
     model = create_model(recipe.model.name, recipe.model.pretrained, device=device, **recipe.model.args)
-    model = encoder_of(model) if isinstance(model, Segmenter) else model
-    raise_positions(model, recipe.model.position_gain)
-    model.reset_classifier(0)
-    return model
+    encoder = encoder_of(model)
+    raise_positions(encoder, recipe.model.position_gain)
+    return encoder
 
 
 def _features(
