@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from medmim import __version__, pushing
-from medmim.command import Terminal, report, run
+from medmim.command import RatioOption, Terminal, report, run
 from medmim.errors import MedmimError, ScanError, UnknownModelError, WeightsError, printable
 from medmim.files import check_writable
 
@@ -303,8 +303,8 @@ def reconstruct(
     scan: Annotated[Path, typer.Argument(help="A NIfTI, NRRD or MHA file, or the folder of one DICOM series.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file to write.")],
     model: ModelOption = DEFAULT_MODEL,
-    ratio: Annotated[float, typer.Option(min=0.05, max=0.95, help="Share of the patches to hide.")] = 0.75,
-    seed: Annotated[int, typer.Option(help="Decides which patches are hidden.")] = 0,
+    ratio: RatioOption = 0.75,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides which patches are hidden.")] = 0,
     modality: ModalityOption = None,
     hub: pushing.HubOption = None,
 ) -> None:
