@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from medmim import __version__, pushing
-from medmim.command import Terminal, report, run
+from medmim.command import RatioOption, Terminal, report, run
 from medmim.errors import MedmimError, ScanError, UnknownModelError, WeightsError, printable
 from medmim.files import check_writable
 
@@ -94,16 +94,20 @@ def list_command(
 ) -> None:
     """Lists models and the weights there are.
 
+    Weights marked `not installed` did not come with medmim: where they are published, they are taken from the hub.
+
     Example: `medmim list "vit_t*" --pretrained`
     """
-    from medmim.registry import list_models, list_pretrained
+    from medmim.registry import is_installed, list_models, list_pretrained
 
     weights = list_pretrained(pattern)
     named = {*list_models(pattern), *(name.partition(".")[0] for name in weights)}
     table = _table("model", "weights")
     for name in list_models(pretrained=pretrained):
         if name in named:
-            table.add_row(name, ", ".join(full for full in weights if full.partition(".")[0] == name) or "-")
+            sets = [full for full in weights if full.partition(".")[0] == name]
+            marked = (full if is_installed(full) else f"{full} (not installed)" for full in sets)
+            table.add_row(name, ", ".join(marked) or "-")
     if not table.row_count:
         raise UnknownModelError(f"no model {'with weights ' * pretrained}matches {pattern!r}; `medmim list` shows all")
     console.print(table)
@@ -161,7 +165,8 @@ def embed(
     """Writes the dense features and one pooled vector of each scan.
 
     A scan is called by its file name without the suffix, or by its path in the folder that was given. One that cannot
-    be used is reported and the others go on; the exit code is then 1.
+    be used is reported and the others go on; the exit code is then 1. Features are written at the end, or when the run
+    is stopped (Ctrl-C) or fails: those of the scans that were done.
 
     Example: `medmim embed scans/ -o features.safetensors`
     """
@@ -177,10 +182,14 @@ def embed(
     def add(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
         embeddings[name] = embed_scan(encoder, scan, modality=modality and modality.value, progress=progress)
 
-    failed = _each_scan(named, add)
-    if embeddings:
-        save_embeddings(output, embeddings)
-    _conclude(output, len(named), failed)
+    try:
+        _each_scan(named, add)
+    finally:  # hours of work are not lost to what ends the rest
+        if embeddings:
+            save_embeddings(output, embeddings)
+        _say_done(output, len(embeddings), len(named))
+    if len(embeddings) < len(named):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -279,10 +288,14 @@ def _each_scan(scans: Mapping[str, Path], do: Callable[[str, Path, Callable[[int
 
 def _conclude(output: Path, scans: int, failed: int, *, already: int = 0) -> None:
     """Says how many scans the output has now; the exit code is 1 when some failed."""
-    skipped = f", {already} were there already" if already else ""
-    _say(f"{output}: {scans - failed} of {scans} scans{skipped}")
+    _say_done(output, scans - failed, scans, already=already)
     if failed:
         raise typer.Exit(1)
+
+
+def _say_done(output: Path, done: int, scans: int, *, already: int = 0) -> None:
+    skipped = f", {already} were there already" if already else ""
+    _say(f"{output}: {done} of {scans} scans{skipped}")
 
 
 @app.command()
@@ -290,8 +303,8 @@ def reconstruct(
     scan: Annotated[Path, typer.Argument(help="A NIfTI, NRRD or MHA file, or the folder of one DICOM series.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file to write.")],
     model: ModelOption = DEFAULT_MODEL,
-    ratio: Annotated[float, typer.Option(min=0.05, max=0.95, help="Share of the patches to hide.")] = 0.75,
-    seed: Annotated[int, typer.Option(help="Decides which patches are hidden.")] = 0,
+    ratio: RatioOption = 0.75,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides which patches are hidden.")] = 0,
     modality: ModalityOption = None,
     hub: pushing.HubOption = None,
 ) -> None:

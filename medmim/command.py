@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -21,6 +23,24 @@ class Terminal(Console):
     def render_str(self, text: str, **options) -> Text:
         """Every text that is printed, in a table or alone, comes through here."""
         return super().render_str(printable(text, keep="\n\t"), **options)
+
+
+def _finite(value: float | None) -> float | None:
+    # No bound of an option refuses NaN, which is neither above nor below one.
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number")
+    return value
+
+
+RatioOption = Annotated[float, typer.Option(min=0.05, max=0.95, callback=_finite, help="Share of the patches to hide.")]
+TflopsOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        callback=_finite,
+        help="TFLOP/s of the hardware, for the time it takes; default as measured.",
+    ),
+]
 
 
 def run(app: typer.Typer) -> None:

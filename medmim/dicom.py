@@ -19,7 +19,15 @@ import numpy as np
 from medmim.codecs import decode
 from medmim.errors import ScanError
 from medmim.limits import DEFLATION
-from medmim.volumes import DICOM_MAGIC, DICOM_PREAMBLE, DICOM_SUFFIX, LPS_TO_RAS, check_claim, one_line
+from medmim.volumes import (
+    DICOM_MAGIC,
+    DICOM_PREAMBLE,
+    DICOM_SUFFIX,
+    LPS_TO_RAS,
+    SCAN_SUFFIXES,
+    check_claim,
+    one_line,
+)
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -122,6 +130,8 @@ def _only_series(folder: Path) -> dict[Path, Dataset]:
     series, damaged = _series(folder)
     if not series:
         _check_whole(damaged, None)
+        if others := [path for path in sorted(folder.iterdir()) if path.name.lower().endswith(SCAN_SUFFIXES)]:
+            raise ScanError(f"{folder}: is a folder, and one scan is read here; give a file of it, such as {others[0]}")
         raise ScanError(f"{folder}: holds no DICOM files; give a scan, or the folder that directly holds one series")
     # A localiser of one slice beside the series is passed over.
     volumes = {uid: files for uid, files in series.items() if sum(map(_count, files.values())) > 1} or series

@@ -21,10 +21,10 @@ from medmim.errors import SpecError, WeightsError
 from medmim.files import fault_of, sha256_of, write_text
 from medmim.limits import CONFIG_BYTES, read_json
 from medmim.localhub import REPOSITORY, LocalHub, Version
+from medmim.registry import PACKAGED
 from medmim.remote import COMMIT, HubAccess, Repository
 from medmim.spec import INSIDE, FileSpec, ModelSpec, WeightsSpec
 
-PACKAGED = Path(__file__).parent / "weights"
 CONFIG, ENCODER, GOLDEN = "config.json", "model.safetensors", "golden.safetensors"
 NAMESPACE = "medmim"  # on the Hub, of weights of the catalog that name no repository
 # Files of a model folder that a loader does not need.

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from medmim.spec import WeightsSpec
 
 CATALOG = Path(__file__).parent / "catalog"
+PACKAGED = Path(__file__).parent / "weights"  # those that came with this medmim; a wheel has the small ones alone
+
+ALL_MODELS = "medmim.list_models() has all, and so has `medmim list`"  # for errors, in Python or on a command line
 
 _OWN_CODE = re.compile(r"medmim(?:\.\w+)+:\w+")
 # medmim.spec has the same rules; importing it would cost every listing pydantic.
@@ -127,6 +130,11 @@ def list_pretrained(filter: str | Iterable[str] = "*") -> list[str]:
     )
 
 
+def is_installed(name: str) -> bool:
+    """Whether weights, by their full name, came with this medmim; others are taken from a hub, if they are there."""
+    return (PACKAGED / name).is_dir()
+
+
 def is_model(name: str) -> bool:
     """Whether `architecture` or `architecture.tag` is known."""
     architecture, separator, tag = name.partition(".") if isinstance(name, str) else ("", "", "")
@@ -145,13 +153,11 @@ def model_info(name: str) -> ModelInfo:
         SpecError: For a weights record that says something impossible.
     """
     if not isinstance(name, str):
-        raise UnknownModelError(f"{name!r} is no name of a model; medmim.list_models() has all")
+        raise UnknownModelError(f"{name!r} is no name of a model; {ALL_MODELS}")
     architecture, separator, tag = name.partition(".")
     entry = _models().get(architecture)
     if entry is None:
-        raise UnknownModelError(
-            f"there is no model {architecture!r}; {nearest(architecture, _models())}medmim.list_models() has all"
-        )
+        raise UnknownModelError(f"there is no model {architecture!r}; {nearest(architecture, _models())}{ALL_MODELS}")
     if separator and tag not in entry.weights:
         tags = ", ".join(entry.weights)
         raise UnknownModelError(

@@ -84,6 +84,7 @@ def tiny_weights(tiny_folder, registry, monkeypatch, tmp_path):
 
     folder, spec = tiny_folder
     monkeypatch.setattr(hub, "PACKAGED", tmp_path / "weights")
+    monkeypatch.setattr(registry, "PACKAGED", tmp_path / "weights")
     hub.PACKAGED.mkdir()
     folder.rename(hub.PACKAGED / "tiny.fake")
     registry.register_model("tiny", family="vit", args=spec.args, weights=[spec.weights])

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel as nib
@@ -14,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 import medmim
-from medmim import factory, hub, reconstruction
+from medmim import factory, hub, inference, reconstruction
 from medmim.heads.mae import MAEDecoder
 from medmim.samples import sample_scans
 from synthetic import write_scan
@@ -105,6 +106,15 @@ def test_list_of_a_full_name(call, tiny_weights, registry, pattern, pretrained):
     assert call("list", "tiny.another")[0] == 1
 
 
+def test_list_marks_weights_that_did_not_come_with_medmim(call, tiny_weights, registry):
+    other = tiny_weights.weights.model_copy(update={"tag": "other"})
+    registry.register_model("tiny_other", family="vit", weights=[other])
+    out = call("list", "tiny*", "--pretrained")[1]
+    found = [line.split(maxsplit=1)[1].strip() for line in out.splitlines()]
+    assert found == ["weights", "tiny.fake", "tiny_other.other (not installed)"]
+    assert medmim.list_pretrained("tiny*") == ["tiny.fake", "tiny_other.other"]
+
+
 def test_version(call):
     assert call("--version") == (0, f"medmim {medmim.__version__}\n", "")
 
@@ -128,6 +138,7 @@ def test_info_of_a_wrong_name_gives_the_nearest(call):
     code, out, err = call("info", "vit_t_mea3d")
     assert (code, out) == (1, "")
     assert err.startswith("medmim: error: there is no model 'vit_t_mea3d'; nearest: vit_t_mae3d")
+    assert err.endswith("; medmim.list_models() has all, and so has `medmim list`\n")
 
 
 # --- reconstruct ------------------------------------------------------------------------------------------------------
@@ -162,6 +173,15 @@ def test_reconstruct_of_a_broken_scan_is_one_line(call, model, tmp_path, make):
     assert len(lines) == 1 or make is truncated_mha  # the MetaImage library prints past ITK's switch
     assert names(tmp_path) == ["in"]
     assert names(tmp_path / "in") == before
+
+
+def test_reconstruct_of_a_folder_names_a_scan_of_it(call, model, tmp_path):
+    scan, _ = scan_file(tmp_path), scan_file(tmp_path, "second.nii.gz")
+    code, _, err = call("reconstruct", tmp_path, "-o", tmp_path / "picture.png", "-m", model)
+    assert code == 1
+    assert err == (
+        f"medmim: error: {tmp_path}: is a folder, and one scan is read here; give a file of it, such as {scan}\n"
+    )
 
 
 def test_reconstruct_of_a_scan_smaller_than_a_patch(call, model, tmp_path):
@@ -234,6 +254,25 @@ def test_embed_of_broken_scans_alone_writes_nothing(call, model, tmp_path):
     code, out, _ = call("embed", tmp_path / "empty.nii.gz", "-o", output, "-m", model)
     assert (code, out) == (1, f"{output}: 0 of 1 scans\n")
     assert names(tmp_path) == ["empty.nii.gz"]
+
+
+@pytest.mark.parametrize(("error", "ending"), [(KeyboardInterrupt, 130), (MemoryError, None)])
+def test_embed_that_is_stopped_writes_what_was_done(call, model, tmp_path, monkeypatch, error, ending):
+    scans = [scan_file(tmp_path, name) for name in ("a.nii.gz", "b.nii.gz", "c.nii.gz")]
+    encode = inference.embed
+
+    def stopped(encoder, scan, **options):
+        if scan == scans[1]:
+            raise error
+        return encode(encoder, scan, **options)
+
+    monkeypatch.setattr(inference, "embed", stopped)
+    output = tmp_path / "features.safetensors"
+    with nullcontext() if ending else pytest.raises(error):
+        code, out, _ = call("embed", *scans, "-o", output, "-m", model)
+        assert (code, out) == (ending, f"{output}: 1 of 3 scans\n")
+    with safe_open(output, "np") as file:
+        assert {key.rpartition("/")[0] for key in file.keys()} == {"a"}  # noqa: SIM118 (it is no dict)
 
 
 # --- push, mirror, verify ---------------------------------------------------------------------------------------------

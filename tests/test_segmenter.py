@@ -179,6 +179,18 @@ def test_a_decoder_that_does_not_fit_says_which_one_does(family, decoder):
         tiny_segmenter(name, decoder)
 
 
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        ("unetr", "decoder unetr: there is no argument 'feature_sise'; nearest: feature_size; accepted: feature_size"),
+        ("linear", "decoder linear: there is no argument 'feature_sise'; accepted: none"),
+    ],
+)
+def test_an_argument_of_a_decoder_that_does_not_exist(decoder, message):
+    with pytest.raises(SpecError, match=f"^{message}"):
+        medmim.create_segmenter("vit_t_mae3d", decoder, num_classes=2, decoder_args={"feature_sise": 8})
+
+
 # --- UNETR ------------------------------------------------------------------------------------------------------------
 
 

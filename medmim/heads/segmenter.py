@@ -7,6 +7,7 @@ from the volume and the maps, the output last, to scores. One that an encoder do
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from medmim.errors import SpecError
 from medmim.layers.sharing import Shareable
 from medmim.layers.tokens import Size
+from medmim.registry import nearest
 from medmim.spec import ModelSpec, PartSpec
 
 DECODERS = {
@@ -46,8 +48,16 @@ class Segmenter(Shareable, nn.Module):
         self.spec: ModelSpec | None = None  # set by whoever knows where the weights came from
         self.num_classes = num_classes
         self.encoder = encoder
+        cls = getattr(import_module(module), attribute)
+        known = [key for key in inspect.signature(cls).parameters if key not in ("encoder", "num_classes")]
+        for key in decoder.args:
+            if key not in known:
+                raise SpecError(
+                    f"decoder {decoder.kind}: there is no argument {key!r}; {nearest(key, known)}"
+                    f"accepted: {', '.join(known) or 'none'}"
+                )
         try:
-            self.decoder = getattr(import_module(module), attribute)(encoder, num_classes=num_classes, **decoder.args)
+            self.decoder = cls(encoder, num_classes=num_classes, **decoder.args)
         except (TypeError, ValueError) as error:
             name = encoder.spec.name if encoder.spec is not None else type(encoder).__name__
             raise SpecError(f"decoder {decoder.kind} does not fit {name}: {error}") from None

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from medmim import pushing
-from medmim.command import Terminal, run
+from medmim.command import RatioOption, Terminal, TflopsOption, run
 from medmim.errors import ScanError, SpecError, printable
+from medmim.files import check_writable
 
 if TYPE_CHECKING:
     from medmim.spec import ModelSpec
@@ -59,11 +60,13 @@ def prepare(
     Example: `medmim-train prepare scans/ -o store --recipe small/vit_t_mae3d`
     """
     from medmim_training.recipe import load_recipe
+    from medmim_training.store.index import STORE_FILE
     from medmim_training.store.prepare import prepare as prepare_store
     from medmim_training.store.sources import find_sources
 
-    sources = find_sources(source, where or [], tell=console.print)
+    check_writable(store / STORE_FILE)
     volume = load_recipe(recipe).volume
+    sources = find_sources(source, where or [], tell=console.print)
     with _progress() as progress:
         report = _reporting(progress, "preparing", len(sources))
         added, refused = prepare_store(sources, store, volume=volume, workers=workers, report=report)
@@ -84,6 +87,7 @@ def inspect(
     from medmim_training.store.inspect import counts, draw_contact_sheet, draw_histograms
 
     opened, folder = Store(store), out or store
+    check_writable(folder / "histograms.png")
     table = Table("group", "modality", "volumes", "million voxels", title=f"{len(opened.entries)} volumes")
     for group, modality, volumes, voxels in counts(opened):
         table.add_row(group, modality, str(volumes), f"{voxels:.1f}")
@@ -104,9 +108,7 @@ def pretrain(
         bool, typer.Option("--shard", help="Split the weights over the processes (FSDP2), for large models.")
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the run needs.")] = False,
-    tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="For --plan: TFLOP/s of the hardware; default as measured here.")
-    ] = None,
+    tflops: TflopsOption = None,
 ) -> None:
     """Pretrains an encoder; resumes where an interrupted run stopped.
 
@@ -123,11 +125,14 @@ def pretrain(
         raise typer.BadParameter("a run needs --data STORE and --out FOLDER; --plan does without")
     import torch
 
+    from medmim_training.engine import RECIPE_FILE
     from medmim_training.engine import pretrain as run_pretraining
     from medmim_training.memory import keep_freed_memory
     from medmim_training.record import Report
     from medmim_training.store.index import Store
 
+    check_writable(out / RECIPE_FILE)
+    store = Store(data)
     if not torch.cuda.is_available():
         keep_freed_memory()
     what, state = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[state]}"))
@@ -144,7 +149,7 @@ def pretrain(
             if not console.is_terminal:
                 print(f"{step.step}/{step.steps}  {state}", flush=True)
 
-        run_pretraining(chosen, Store(data), out, sharded=shard, watch=watch)
+        run_pretraining(chosen, store, out, sharded=shard, watch=watch)
     console.print(f"done: {out}")
 
 
@@ -181,6 +186,7 @@ def finetune(
 
     Example: `medmim-train finetune finetune/vit_t_unetr data=Task04_Hippocampus labels=10% -o runs/hippocampus`
     """
+    from medmim_training.engine import RECIPE_FILE
     from medmim_training.recipe import load_recipe
     from medmim_training.record import Report
     from medmim_training.tasks.finetuning import finetune as run_finetuning
@@ -189,6 +195,7 @@ def finetune(
 
     _use_threads(threads)
     chosen = load_recipe(recipe, overrides or [], kind=FineTuneRecipe)
+    check_writable(out / RECIPE_FILE)
     use = "segment SCAN -o masks" if chosen.task == "segmentation" else "classify SCAN -o classes.csv"
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")
     with Progress(*columns, console=console) as progress:
@@ -221,6 +228,7 @@ def probe(
     Example: `medmim-train probe vit_t_mae3d data=cases.csv -o probe`
     """
     from medmim_training.recipe import make_settings
+    from medmim_training.tasks.probe import RESULTS
     from medmim_training.tasks.probe import probe as run_probe
     from medmim_training.tasks.recipe import ProbeRecipe
 
@@ -228,6 +236,7 @@ def probe(
     chosen = make_settings(
         {"model": {"name": model, "pretrained": not scratch}}, overrides or [], kind=ProbeRecipe, source="probe"
     )
+    check_writable(out / f"{RESULTS}.json")
     with _progress() as progress:
         task = progress.add_task("encoding", total=None)
         results = run_probe(
@@ -256,7 +265,7 @@ def evaluate(
     source: SourceArgument,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file for the results.")] = None,
     where: WhereOption = None,
-    ratio: Annotated[float, typer.Option(help="Share of the patches to hide.")] = 0.75,
+    ratio: RatioOption = 0.75,
     hub: pushing.HubOption = None,
 ) -> None:
     """Measures how well hidden voxels are reconstructed, beside fills that need no network.
@@ -270,6 +279,8 @@ def evaluate(
     from medmim_training.evaluate import evaluate_reconstruction
     from medmim_training.store.sources import find_sources
 
+    if out:
+        check_writable(out)
     encoder = create_model(model, pretrained=True)
     decoder = create_decoder(encoder)
     sources = find_sources(source, where or [], tell=console.print)
@@ -305,6 +316,8 @@ def evaluate_segmenter(
     from medmim_training.tasks.evaluation import evaluate_run, means_of, write_evaluation
 
     side = "validation" if validation else "test"
+    if out:
+        check_writable(out / f"{side}.json")
     with _progress() as progress:
         scores = evaluate_run(run, side, report=_reporting(progress, f"{side} cases", None))
     means = means_of(scores)
@@ -333,9 +346,7 @@ def reproduce(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the runs and what they will take.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Only write the page, from the runs that are done.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="All in a tiny form, on shapes made by formula.")] = False,
-    tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="For --dry-run: TFLOP/s of the hardware; default as measured here.")
-    ] = None,
+    tflops: TflopsOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Runs all of an experiment, and writes a page about it; the same command goes on where it was stopped.
@@ -345,13 +356,14 @@ def reproduce(
     Example: `medmim-train reproduce paper-small --data Task04_Hippocampus -o runs/paper-small`
     """
     from medmim_training.reproduce.experiment import load_experiment
-    from medmim_training.reproduce.page import write_report
+    from medmim_training.reproduce.page import PAGE, write_report
     from medmim_training.reproduce.runner import Progress as RunProgress
     from medmim_training.reproduce.runner import Runner
     from medmim_training.reproduce.shapes import write_shapes
 
     _use_threads(threads)
     chosen = load_experiment(experiment)
+    check_writable(out / "report" / PAGE)
     if smoke and data is None:
         data = out / "shapes"
         write_shapes(data, cases=5, tests=1)
@@ -526,9 +538,28 @@ def _use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _progress() -> Progress:
+class _Bar(Progress):
+    """Is drawn once something is done: of a command that refuses its input, only the error is seen."""
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def update(self, *args, **changes) -> None:
+        self.start()
+        super().update(*args, **changes)
+
+    def advance(self, *args, **changes) -> None:
+        self.start()
+        super().advance(*args, **changes)
+
+    def __exit__(self, *error) -> None:
+        if self.live.is_started:
+            self.stop()
+
+
+def _progress() -> _Bar:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=console)
+    return _Bar(*columns, console=console)
 
 
 def _reporting(progress: Progress, title: str, total: int | None) -> Callable[[str, str | None], None]:

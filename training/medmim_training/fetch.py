@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from medmim.errors import MedmimError, SpecError
-from medmim.files import write_text
+from medmim.files import check_writable, write_text
 from medmim.limits import LIST_BYTES, read_text
 from medmim_training.reproduce.experiment import experiment_folder
 from medmim_training.store.sources import DATASET, IMAGES
@@ -40,12 +40,13 @@ def fetch_data(name: str, folder: str | Path, *, download: Callable[..., None] |
         SpecError: For a name that does not exist, or a folder in use.
         FetchError: When the download fails, is damaged, or lacks listed cases.
     """
+    if name not in TASKS:
+        raise SpecError(f"there is no data set {name!r} to fetch; there is {', '.join(TASKS)}")
     from monai.apps import DecathlonDataset
 
-    if name not in TASKS:
-        raise SpecError(f"there is no data set {name!r}; there are {', '.join(TASKS)}")
     folder, task = Path(folder), TASKS[name]
     url = DecathlonDataset.resource[task]
+    check_writable(folder / DATASET)
     present = next((kind for kind in (IMAGES, LABELS) if (folder / kind).exists()), None)
     if present:
         raise SpecError(f"{folder}: has {present} already; choose another folder, or use what is there")

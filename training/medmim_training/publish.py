@@ -10,7 +10,7 @@ from medmim import hub
 from medmim.cards import PICTURE_FILE, card_scan, render_card
 from medmim.errors import SpecError, WeightsError
 from medmim.factory import create_decoder, from_pretrained
-from medmim.files import atomic_write, write_csv, write_text
+from medmim.files import atomic_write, check_writable, write_csv, write_text
 from medmim.limits import CONFIG_BYTES, read_csv, read_json
 from medmim.pictures import reconstruction_picture
 from medmim.publish import catalog_entry, save_with_golden
@@ -54,6 +54,8 @@ def package(
         SpecError: When the run is not finished, or was on another store.
     """
     run, folder = Path(run), Path(folder)
+    if not run.is_dir():
+        raise SpecError(f"{run}: no such folder; give that of a run of `medmim-train pretrain`")
     if not (run / RECORD_FILE).is_file():
         raise SpecError(f"{run}: no finished run ({RECORD_FILE} is missing); `medmim-train pretrain` goes on with it")
     check_store(run / CLAIM_FILE, store)
@@ -61,6 +63,7 @@ def package(
     recipe = load_recipe(str(run / RECIPE_FILE))
     method = build_method(recipe)
     checkpoint = load_latest(run / CHECKPOINTS)
+    check_writable(folder / hub.CONFIG)
     if checkpoint is None:
         raise SpecError(f"{run}: it has no checkpoint; `medmim-train pretrain` in a new folder makes one")
     try:

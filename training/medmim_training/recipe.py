@@ -19,6 +19,7 @@ from medmim.spec import Arguments, VolumeSpec
 from medmim_training.precision import Precision
 
 RECIPE_BYTES = 100_000  # ours have two thousand; PyYAML needs seconds for more
+OF_TASKS = frozenset({"task", "decoder", "crops", "labels", "frozen", "head_warmup"})  # keys of no pretraining
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -232,7 +233,20 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = (), *, kind:
     data = parse_yaml(read_text(path, RECIPE_BYTES), source=str(path))
     if not isinstance(data, dict):
         raise SpecError(f"{path}: a recipe is a mapping of keys to values")
+    _check_purpose(data, kind, source=str(path))
     return make_settings(data, overrides, kind=kind.kind_of(data), source=str(path))
+
+
+def _check_purpose(data: dict[str, Any], kind: type[RunRecipe], *, source: str) -> None:
+    """Refuses a recipe of the other command, of which the first key that differs would be called wrong."""
+    of_tasks = False if "method" in data else not OF_TASKS.isdisjoint(data) or kind.of_tasks
+    if of_tasks == kind.of_tasks:
+        return
+    is_for, command = ("fine-tuning", "finetune") if of_tasks else ("pretraining", "pretrain")
+    raise SpecError(
+        f"{source}: is a recipe for {is_for}, for `medmim-train {command}`; what this needs are "
+        f"{', '.join(list_recipes(kind))}"
+    )
 
 
 def make_settings(

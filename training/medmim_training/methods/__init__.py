@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from typing import Any
 
 from torch import nn
 
 from medmim.errors import SpecError
-from medmim_training.methods.base import MethodOutput
+from medmim_training.methods.base import MethodOutput, check_arguments
 from medmim_training.methods.mae import MAE
 from medmim_training.methods.mae_cnn import MAECNN
 from medmim_training.methods.simclr import SimCLR
@@ -27,14 +25,11 @@ def create_method(name: str, encoder: nn.Module, args: dict[str, Any]) -> nn.Mod
     if name not in METHODS:
         raise SpecError(f"there is no method {name!r}; there is {', '.join(METHODS)}")
     method = METHODS[name]
-    known = [parameter for parameter in inspect.signature(method).parameters if parameter != "encoder"]
-    for argument in args:
-        if argument not in known:
-            near = difflib.get_close_matches(argument, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise SpecError(f"method.args.{argument} is no argument of {name}; {hint}")
+    check_arguments(args, method, name=name, key="method.args")
     try:
         return method(encoder, **args)
+    except SpecError:
+        raise
     except (TypeError, ValueError) as error:
         raise SpecError(f"method.args of {name}: {error}") from None
 

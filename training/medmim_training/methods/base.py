@@ -8,13 +8,16 @@ A method is a module made of the encoder it is given (`encoder`) and of what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from medmim.errors import SpecError
 from medmim.layers.tokens import (
     Size,
     gather_patches,
@@ -42,6 +45,26 @@ class MethodOutput:
     loss: Tensor
     logs: Mapping[str, Tensor] = field(default_factory=dict)
     picture: Callable[[], Reconstruction] | None = None
+
+
+def check_arguments(given: Iterable[str], accepted: Callable[..., object], *, name: str, key: str) -> None:
+    """Refuses arguments that do not exist, by their key in a recipe and with the nearest that do.
+
+    Args:
+        given: Names of arguments.
+        accepted: What they are for.
+        name: What that is called, in the error.
+        key: Of the recipe, where they stand.
+
+    Raises:
+        SpecError: For the first one.
+    """
+    known = [parameter for parameter in inspect.signature(accepted).parameters if parameter != "encoder"]
+    for argument in given:
+        if argument not in known:
+            near = difflib.get_close_matches(argument, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise SpecError(f"{key}.{argument} is no argument of {name}; {hint}")
 
 
 def named_choice(what: str, name: str, known: Mapping[str, Choice]) -> Choice:

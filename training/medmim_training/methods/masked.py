@@ -15,7 +15,7 @@ from medmim.factory import decoder_class
 from medmim.layers.tokens import gather_patches, to_grid_size
 from medmim.reconstruction import Reconstruction
 from medmim.spec import PartSpec
-from medmim_training.methods.base import MethodOutput, inside_scan, named_choice, paste
+from medmim_training.methods.base import MethodOutput, check_arguments, inside_scan, named_choice, paste
 from medmim_training.methods.draws import Generators
 from medmim_training.methods.hiding import Hiding
 from medmim_training.methods.losses import LOSSES, hidden_loss
@@ -35,6 +35,7 @@ class MaskedModelling(nn.Module):
         loss: One of `LOSSES`, mean over the voxels of hidden units.
 
     Raises:
+        SpecError: For an argument of the decoder or the rule that does not exist.
         ValueError: For an unknown choice, or units that do not divide the input.
     """
 
@@ -52,6 +53,8 @@ class MaskedModelling(nn.Module):
     ) -> None:
         super().__init__()
         cls = decoder_class(decoder.kind)
+        check_arguments(decoder.args, cls, name=f"the decoder {decoder.kind}", key="method.args.decoder")
+        check_arguments(hiding or {}, Hiding, name="a hiding rule", key="method.args.hiding")
         self.encoder, self.decoder_spec = encoder, decoder
         self.decoder = cls(**{**cls.of_encoder(encoder), **decoder.args})
         to_grid_size(encoder.img_size, self.decoder.unit)

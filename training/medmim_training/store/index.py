@@ -9,11 +9,12 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Self
 
 import blosc2
 import numpy as np
 from einops import rearrange
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medmim.errors import SpecError
 from medmim.files import atomic_write, write_text
@@ -67,14 +68,23 @@ class StoreEntry(Record):
     high: float
     clip: bool
 
+    @model_validator(mode="after")
+    def _a_byte_a_block(self) -> Self:
+        if self.occupancy is not None and len(base64.b64decode(self.occupancy)) != math.prod(self._block_grid()):
+            raise ValueError(f"occupancy is not of a volume of {self.shape}; delete the line, prepare again")
+        return self
+
+    def _block_grid(self) -> Size:
+        depth, height, width = (-(-side // BLOCK) for side in self.shape)
+        return depth, height, width
+
     @property
     def intensity(self) -> IntensityMap:
         return IntensityMap(self.low, self.high, self.clip)
 
     def occupied_blocks(self) -> np.ndarray:
         """Blocks with foreground, integers (blocks, 4): its share in 255ths, and the block's first voxel (d, h, w)."""
-        grid = [-(-side // BLOCK) for side in self.shape]
-        share = np.frombuffer(base64.b64decode(self.occupancy), dtype=np.uint8).reshape(grid)
+        share = np.frombuffer(base64.b64decode(self.occupancy), dtype=np.uint8).reshape(self._block_grid())
         place = np.nonzero(share)
         return np.stack([share[place].astype(np.int64), *(axis * BLOCK for axis in place)], axis=1)
 

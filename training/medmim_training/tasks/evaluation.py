@@ -63,6 +63,8 @@ def evaluate_run(
         ScanError: For a case that cannot be read.
     """
     run = Path(run)
+    if not run.is_dir():
+        raise SpecError(f"{run}: no such folder; give that of a run of `medmim-train finetune`")
     if not (run / MODEL).is_dir():
         raise SpecError(f"{run}: no finished run ({MODEL} is missing); `medmim-train finetune` goes on with it")
     recipe = load_recipe(str(run / RECIPE_FILE), kind=SegmentationRecipe)
