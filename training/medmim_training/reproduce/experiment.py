@@ -269,7 +269,9 @@ class _Plan:
 
     def _pretraining(self, variant: str) -> PretrainingRun:
         section = self.experiment.pretraining
-        overrides = (*section.variants[variant], *self.smoke.encoder, *self.smoke.pretraining)
+        given = section.variants[variant]
+        is_new = load_recipe(section.recipe, given).model.weights is None
+        overrides = (*given, *(self.smoke.encoder if is_new else ()), *self.smoke.pretraining)
         recipe = load_recipe(section.recipe, overrides)
         run = PretrainingRun(_identity(variant, recipe), recipe, section.recipe, overrides)
         return self.runs.setdefault(run.id, run)
