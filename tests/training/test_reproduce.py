@@ -74,7 +74,9 @@ def test_every_row_has_its_seeds_and_shared_runs_are_run_once(experiment, runs):
     recipes = [run.recipe.to_yaml() for run in tuned if run.same_time_as is None]
     assert len(set(recipes)) == len(recipes)
     (shared,) = (run for run in tuned if ("methods", "MAE") in run.rows and run.seed == 0)
-    assert {table for table, _ in shared.rows} == {"methods", "ratio", "decoder", "labels", "spacing"}
+    assert {table for table, _ in shared.rows} == {"methods", "ratio", "decoder", "spacing"}
+    (shared,) = (run for run in tuned if ("labels", "10 %, continued") in run.rows and run.seed == 0)
+    assert {table for table, _ in shared.rows} == {"methods", "labels"}
 
 
 def test_what_a_run_starts_from_comes_before_it_and_has_its_grid(runs):

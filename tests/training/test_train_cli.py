@@ -47,6 +47,12 @@ def test_an_impossible_rate_is_wrong_usage(train, tflops):
     assert "--tflops" in err
 
 
+def test_more_threads_than_torch_can_take_are_wrong_usage(train):
+    code, out, err = train("pretrain", "small/vit_t_mae3d", "--plan", "--threads", "99999999999999")
+    assert (code, out) == (2, "")
+    assert "--threads" in err
+
+
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 DESCRIBED = ("--tag", "ours", "--license", "CC-BY-4.0")

@@ -36,7 +36,7 @@ SourceArgument = Annotated[
 WhereOption = Annotated[
     list[str] | None, typer.Option(help="Filter on a column of the list: column=pattern,... or column!=pattern,...")
 ]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; default all cores.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
 console = Terminal()
