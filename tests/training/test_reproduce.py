@@ -220,7 +220,7 @@ def test_what_fails_is_said_at_the_end_and_tried_again(pretend, experiment, shap
     text = page.write_report(grid, tmp_path / "report").read_text(encoding="utf-8")
     assert f"Incomplete: {sum(isinstance(r, FineTuningRun) for r in grid.wanted)} of" in text
     assert "## How deep the decoder of pretraining is" in text
-    assert "## How many labels" in text  # with what it shares with the other table
+    assert "## How fine the voxels are" in text  # with what it shares with the other table
 
 
 def test_sigterm_between_steps_and_between_runs(pretend, experiment, shapes, tmp_path, monkeypatch):
