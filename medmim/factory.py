@@ -22,7 +22,6 @@ from medmim.errors import SpecError, WeightsError
 from medmim.files import to_path
 from medmim.fitting import fill, materialise
 from medmim.resolution import resolve
-from medmim.saving import save_pretrained as save_pretrained  # for those who have it from here
 from medmim.spec import ModelSpec, TaskSpec
 
 # By the kind that a record of weights names; a class from elsewhere is never built.

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import tempfile
+from functools import partial
 
 import pytest
 
@@ -92,18 +93,25 @@ def tiny_weights(tiny_folder, registry, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capfd):
-    """Runs `medmim` with arguments in this process; gives the exit code, standard output and standard error."""
-    from medmim import cli
+def run_command(monkeypatch, capfd):
+    """Runs a command in this process: its name, `main` and arguments; gives exit code, standard output and error."""
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/medmim", *map(str, arguments)])
+    def run(name, main, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"/somewhere/bin/{name}", *map(str, arguments)])
         capfd.readouterr()
         try:
-            cli.main()
+            main()
             code = 0
         except SystemExit as end:
             code = end.code or 0
         return code, *capfd.readouterr()
 
     return run
+
+
+@pytest.fixture
+def call(run_command):
+    """Runs `medmim` with arguments, see `run_command`."""
+    from medmim import cli
+
+    return partial(run_command, "medmim", lambda: cli.main())

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 import medmim
-from medmim import factory, hub, inference, reconstruction
+from medmim import hub, inference, reconstruction
 from medmim.heads.mae import MAEDecoder
 from medmim.samples import sample_scans
 from synthetic import write_scan
@@ -47,7 +47,7 @@ def model(tmp_path_factory):
         "vit_t_mae3d", img_size=(64, 96, 64), patch_size=(16, 16, 8), embed_dim=24, depth=1, num_heads=2
     )
     decoder = MAEDecoder(24, encoder.grid_size, patch_size=encoder.patch_size, **DECODER)
-    factory.save_pretrained(encoder, folder, decoder=decoder, weights=WEIGHTS)
+    medmim.save_pretrained(encoder, folder, decoder=decoder, weights=WEIGHTS)
     return f"local-dir:{folder}"
 
 
@@ -321,7 +321,7 @@ def test_push_says_what_goes_where_before_and_the_commit_after(call, model, hub_
 
 
 def test_push_of_what_nobody_should_publish(call, tmp_path, hub_folder):
-    factory.save_pretrained(medmim.create_model("vit_t_mae3d", embed_dim=24, depth=1), tmp_path / "model")
+    medmim.save_pretrained(medmim.create_model("vit_t_mae3d", embed_dim=24, depth=1), tmp_path / "model")
     code, out, err = call("push", tmp_path / "model", "org/name", "--hub", hub_folder)
     assert (code, out) == (1, "")
     assert "weights.license and weights.volume missing" in err

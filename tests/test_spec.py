@@ -10,7 +10,7 @@ import sys
 import pydantic
 import pytest
 
-from fakes import RECORD
+from fakes import RECORD, TRAINING
 from medmim.errors import SpecError
 from medmim.spec import FileSpec, ModelSpec, Percentile, VolumeSpec, WeightsSpec, Window
 
@@ -26,19 +26,7 @@ MODEL = {
         "revision": "a" * 40,
         "encoder": [FILE],
         "decoder": {**FILE, "name": "decoder.safetensors"},
-        "training": {
-            "method": "mae",
-            "recipe": "small/vit_t_mae3d",
-            "steps": 100,
-            "crops": 800,
-            "volumes": 12,
-            "wall_hours": 1.5,
-            "cpu_hours": 3.0,
-            "hardware": "2 CPU cores",
-            "final_loss": 0.04,
-            "date": "2026-11-24",
-            "data": [{"name": "pool", "volumes": 12, "modality": "CT", "license": "CC-BY-4.0"}],
-        },
+        "training": TRAINING,
         "evidence": [
             {"dataset": "d", "protocol": "p", "metric": "nMSE", "value": 0.2, "baselines": {"mean": 1.0}, "cases": 5}
         ],

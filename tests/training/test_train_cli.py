@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import sys
+from functools import partial
 
 import pytest
 
@@ -14,20 +14,9 @@ from medmim_training.tasks.recipe import FineTuneRecipe
 
 
 @pytest.fixture
-def train(monkeypatch, capfd):
-    """Runs `medmim-train` with arguments in this process; gives the exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/medmim-train", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capfd.readouterr()
-
-    return run
+def train(run_command):
+    """Runs `medmim-train` with arguments, see `run_command`."""
+    return partial(run_command, "medmim-train", lambda: cli.main())
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

@@ -225,6 +225,7 @@ class _Plan:
     def __init__(self, experiment: Experiment, smoke: SmokeSection) -> None:
         self.experiment, self.smoke = experiment, smoke
         self.runs: dict[str, Run] = {}
+        self.starts: dict[str, PretrainingRun] = {}  # by variant, which many rows and all seeds share
 
     def add(self, table: str, name: str, seed: int) -> FineTuningRun:
         row = self.experiment.tables[table].rows[name]
@@ -268,13 +269,16 @@ class _Plan:
         )
 
     def _pretraining(self, variant: str) -> PretrainingRun:
+        if variant in self.starts:
+            return self.starts[variant]
         section = self.experiment.pretraining
         given = section.variants[variant]
         is_new = load_recipe(section.recipe, given).model.weights is None
         overrides = (*given, *(self.smoke.encoder if is_new else ()), *self.smoke.pretraining)
         recipe = load_recipe(section.recipe, overrides)
         run = PretrainingRun(_identity(variant, recipe), recipe, section.recipe, overrides)
-        return self.runs.setdefault(run.id, run)
+        self.starts[variant] = self.runs.setdefault(run.id, run)
+        return self.starts[variant]
 
 
 def _origin(row: Row, recipe: SegmentationRecipe) -> str:
