@@ -2,9 +2,10 @@
 
     python training/benchmarks/crops.py
 
-Every way gives the same crop as float32, the store into memory that is used again, as in training. `torch.load` of the
-whole cached volume is what MONAI's PersistentDataset does for each item; zarr takes part when it is installed. All
-files are in the page cache after the first round.
+Every way gives the same crops as float32, the store into memory that is used again, as in training. Each takes its turn
+with several crops in a row, as the readers of a run cut them. `torch.load` of the whole cached volume is what MONAI's
+PersistentDataset does for each item; zarr takes part when it is installed. All files are in the page cache after the
+first round.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ CHUNK = 96
 def main(
     shape: tuple[int, int, int] = (400, 400, 320),
     side: int = 96,
+    crops: int = 8,
     rounds: int = 15,
     out: Path = RESULTS / "crops.json",
 ) -> None:
@@ -35,18 +37,23 @@ def main(
     volume = synthetic_ct(shape, generator)
     with tempfile.TemporaryDirectory() as name:
         ways, bytes_on_disk = write_all(volume, Path(name))
-        place: list[slice] = []
+        places: list[list[slice]] = []
 
         def cut(read: Callable[[list[slice]], np.ndarray]) -> Callable[[], None]:
-            return lambda: check(read(place), volume[tuple(place)])
+            def all_crops() -> None:
+                for place in places:
+                    check(read(place), volume[tuple(place)])
+
+            return all_crops
 
         def move() -> None:
-            place[:] = [slice(start, start + side) for start in generator.integers(0, np.array(shape) - side + 1)]
+            starts = generator.integers(0, np.array(shape) - side + 1, size=(crops, 3))
+            places[:] = [[slice(start, start + side) for start in corner] for corner in starts.tolist()]
 
         times = take_turns({"move": move, **{way: cut(read) for way, read in ways.items()}}, rounds=rounds)
     del times["move"]
     result = {
-        "what": f"random crop of {side} cubed from {' x '.join(map(str, shape))} int16",
+        "what": f"{crops} random crops of {side} cubed, one after the other, from {' x '.join(map(str, shape))} int16",
         "megabytes": {way: round(size / 2**20, 1) for way, size in bytes_on_disk.items()},
         **compare(times, "medmim"),
     }
