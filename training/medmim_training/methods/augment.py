@@ -23,18 +23,14 @@ def random_appearance(x: Tensor, *, generator: Generators) -> Tensor:
     Returns:
         A new tensor of the same shape; not clipped.
     """
-    numbers = uniform(len(x), 5, 1, 1, 1, 1, generator=generator)
-    to_blur = numbers[:, 2].flatten().lt(BLUR).nonzero().flatten()  # found where the numbers are: no wait for a GPU
-    draws = numbers.to(x).unbind(dim=1)  # each (B, 1, 1, 1, 1)
+    draws = uniform(len(x), 5, 1, 1, 1, 1, generator=generator).to(x).unbind(dim=1)  # each (B, 1, 1, 1, 1)
     low = x.amin(dim=(1, 2, 3, 4), keepdim=True)
     extent = (x.amax(dim=(1, 2, 3, 4), keepdim=True) - low).clamp(min=1e-6)
     x = ((x - low) / extent) ** _between(GAMMA, draws[0]) * extent + low
     mean = x.mean(dim=(1, 2, 3, 4), keepdim=True)
     x = (x - mean) * _between(CONTRAST, draws[1]) + mean
-    if len(to_blur):
-        sharp = x[to_blur]
-        smooth = F.avg_pool3d(sharp, 3, stride=1, padding=1, count_include_pad=False)
-        x[to_blur] = torch.lerp(sharp, smooth, draws[3][to_blur])
+    blurred = F.avg_pool3d(x, 3, stride=1, padding=1, count_include_pad=False)
+    x = torch.where(draws[2] < BLUR, torch.lerp(x, blurred, draws[3]), x)
     noise = normal(*x.shape, generator=generator).to(x)
     return x + noise * (NOISE * draws[4])
 
