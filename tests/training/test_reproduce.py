@@ -403,6 +403,14 @@ def test_all_of_it_in_a_tiny_form(tmp_path, monkeypatch, capfd, registry):
     assert (tmp_path / "report" / "README.md").read_text(encoding="utf-8") == text
     assert "16.0" not in call("--dry-run", "--only", "spacing", "--tflops", "1")
 
+    # Without the record of a pretraining its cost is not known.
+    for record in (tmp_path / "pretraining").glob("mae-continued-*/metrics.jsonl"):
+        record.unlink()
+    call("--report")
+    text = (tmp_path / "report" / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if "continued on the task's scans" in line)
+    assert row.split(" | ")[-3:-1] == ["-", "-"]
+
 
 # --- statistics -------------------------------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ def _result(runner: Runner, run: FineTuningRun) -> Result:
         test_dice_low=_number(test["dice"][1]),
         test_dice_high=_number(test["dice"][2]),
         test_hd95=_number(test["hd95"][0]),
-        cpu_seconds=cpu_seconds(folder),
+        cpu_seconds=_number(cpu_seconds(folder)),
         curve=curve,
     )
 

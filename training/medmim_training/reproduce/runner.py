@@ -285,11 +285,11 @@ def _sentence(error: Exception) -> str:
     return textwrap.shorten(text, PROBLEM_LENGTH, placeholder=" ...")
 
 
-def cpu_seconds(folder: Path) -> float:
-    """What a run took so far, over all its sessions."""
+def cpu_seconds(folder: Path) -> float | None:
+    """What a run took so far, over all its sessions; None where its record is not kept."""
     path = folder / METRICS_FILE
     lines = [line for line in read_text(path, LIST_BYTES).splitlines() if line.endswith("}")] if path.is_file() else []
-    return round(json.loads(lines[-1])["cpu_seconds"], 3) if lines else 0.0
+    return round(json.loads(lines[-1])["cpu_seconds"], 3) if lines else None
 
 
 class _Enough(Exception):
