@@ -1,7 +1,8 @@
-"""Token order, positions and the transformer block, on non-cubic grids with anisotropic patches."""
+"""Token order, positions, the transformer block and convolutions, on non-cubic grids with anisotropic patches."""
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 
@@ -10,6 +11,7 @@ import torch
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
+from medmim.layers.convolution import Conv3d
 from medmim.layers.position import resample_position, sincos_position
 from medmim.layers.tokens import (
     gather_patches,
@@ -145,3 +147,19 @@ def test_drop_path_keeps_the_mean_and_drops_whole_samples():
     assert torch.equal(out, torch.where(kept[:, None, None], 2.0, 0.0).expand_as(out))
     assert 0.4 < kept.float().mean() < 0.6
     assert torch.equal(block.eval().drop_path(x), x)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["autocast", "bf16 weights"])
+@pytest.mark.parametrize("size", [(1, 2, 2), (2, 2, 2), (2, 4, 3), (3, 3, 3)], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["without bias", "with bias"])
+def test_gradients_of_convolutions_over_small_maps_are_right_in_bf16(size, bias, whole):
+    torch.manual_seed(0)
+    exact = Conv3d(16, 32, 3, padding=1, bias=bias)
+    rounded = copy.deepcopy(exact).to(torch.bfloat16 if whole else torch.float32)
+    x, given = torch.randn(2, 16, *size), torch.randn(2, 32, *size)
+    exact(x).backward(given)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not whole):
+        y = rounded(x.bfloat16() if whole else x)
+    y.backward(given.to(y.dtype))
+    for one, other in zip(exact.parameters(), rounded.parameters(), strict=True):
+        assert (other.grad - one.grad).norm() < 0.02 * one.grad.norm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +14,22 @@ NEGATIVE_SLOPE = 0.01
 def leaky_relu_(x: Tensor) -> Tensor:
     """The activation, in place: at full resolution every copy of a feature map counts."""
     return F.leaky_relu(x, NEGATIVE_SLOPE, inplace=True)
+
+
+class Conv3d(nn.Conv3d):
+    """torch's, with right gradients on a CPU in bf16 as well.
+
+    There the gradient of the kernel is wrong, at times infinite, where a map has more than one slice but fewer than the
+    kernel (oneDNN in torch 2.14, 16 channels or more): that of 64-cubed crops at stride 32 has two. Such a map is small,
+    so its convolution is computed in fp32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not 1 < x.shape[2] < self.kernel_size[0]:
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return self._conv_forward(x.float(), self.weight.float(), bias).to(x.dtype)
 
 
 class ConvNorm(nn.Module):
@@ -30,7 +47,7 @@ class ConvNorm(nn.Module):
         self, in_chans: int, out_chans: int, *, kernel_size: int = 3, stride: Size = (1, 1, 1), bias: bool = True
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(in_chans, out_chans, kernel_size, stride, padding=kernel_size // 2, bias=bias)
+        self.conv = Conv3d(in_chans, out_chans, kernel_size, stride, padding=kernel_size // 2, bias=bias)
         self.norm = nn.InstanceNorm3d(out_chans, affine=True)
 
     def forward(self, x: Tensor) -> Tensor:
