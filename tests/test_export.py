@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import medmim
 from fakes import RECORD, save_tiny, tiny_model
 from medmim import cli, export
+from medmim.cli.exporting import Form
 from medmim.errors import MedmimError, OutputError, SpecError, WeightsError
 from medmim.spec import ModelSpec, VolumeSpec, ZScore
 from synthetic import write_scan
@@ -197,4 +198,4 @@ def test_what_cannot_be_exported(model, tmp_path, monkeypatch):
 
 
 def test_forms_of_the_command_line_are_those_of_the_function():
-    assert [form.value for form in cli.Form] == list(export.FORMS)
+    assert [form.value for form in Form] == list(export.FORMS)

@@ -21,7 +21,7 @@ import medmim
 from fakes import TINY
 from medmim import hub, registry
 from medmim.checkpoints import read_tensors
-from medmim.command import Terminal
+from medmim.cli.terminal import Terminal
 from medmim.construction import limited_construction
 from medmim.convert.dynamic_network_architectures import from_unet_decoder
 from medmim.errors import LONGEST, MedmimError, ScanError, SpecError, WeightsError

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from medmim.errors import MedmimError, printable
@@ -25,22 +26,32 @@ class Terminal(Console):
         return super().render_str(printable(text, keep="\n\t"), **options)
 
 
-def _finite(value: float | None) -> float | None:
-    # No bound of an option refuses NaN, which is neither above nor below one.
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no number")
-    return value
+console = Terminal()
 
 
-RatioOption = Annotated[float, typer.Option(min=0.05, max=0.95, callback=_finite, help="Share of the patches to hide.")]
-TflopsOption = Annotated[
-    float | None,
-    typer.Option(
-        min=0.001,
-        callback=_finite,
-        help="TFLOP/s of the hardware, for the time it takes; default as measured.",
-    ),
-]
+def say(line: str) -> None:
+    """Prints a line that is never broken, so that paths in it can be copied."""
+    console.print(line, soft_wrap=True)
+
+
+def new_table(*columns: str) -> Table:
+    """A table without lines, whose long cells are folded, not cut."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal while something runs; what it yields is called with steps done and steps in all."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    terminal = Terminal(stderr=True)
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
+        task = bar.add_task(printable(what), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def run(app: typer.Typer) -> None:

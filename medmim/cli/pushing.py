@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from medmim.command import Terminal
+from medmim.cli.terminal import Terminal, console, say
 from medmim.errors import SpecError
 from medmim.files import size_of
 
-console = Terminal()
-
-
-def _use_hub(folder: Path | None) -> Path | None:
-    # Where models are looked for is asked deep below, and workers and subprocesses are to see the same.
-    if folder is not None:
-        os.environ["MEDMIM_HUB"] = str(folder.absolute())
-    return folder
-
-
-HubOption = Annotated[
-    Path | None, typer.Option(help="Folder that replaces the Hugging Face Hub, as MEDMIM_HUB does.", callback=_use_hub)
-]
 CardOption = Annotated[Path | None, typer.Option(help="Markdown file; without it, a card is made from the record.")]
 ReplaceCardOption = Annotated[bool, typer.Option("--replace-card", help="Replaces the card that is there.")]
 PrivateOption = Annotated[bool, typer.Option("--private", help="Makes a new repository private.")]
@@ -67,14 +53,14 @@ def push(name: str, repo: str, *, card: Path | None, message: str | None, dry_ru
     for name, size in {**sizes, "in all": sum(sizes.values())}.items():
         table.add_row(name, f"{size:,} bytes")
     state = "a new repository" if upload.state.commit is None else f"now at {upload.state.commit}"
-    _say(f"{upload.spec.name} to {repo} at {upload.destination}, {state}:")
+    say(f"{upload.spec.name} to {repo} at {upload.destination}, {state}:")
     console.print(table)
     if upload.kept:
-        _say(f"stays as it is there: {', '.join(upload.kept)} (--replace-card replaces the card)")
+        say(f"stays as it is there: {', '.join(upload.kept)} (--replace-card replaces the card)")
     if upload.stale:
-        _say(f"goes, being of an older version: {', '.join(upload.stale)}")
+        say(f"goes, being of an older version: {', '.join(upload.stale)}")
     if dry_run:
-        _say("nothing was sent")
+        say("nothing was sent")
         return
 
     columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn()
@@ -86,16 +72,11 @@ def push(name: str, repo: str, *, card: Path | None, message: str | None, dry_ru
             bar.update(task, completed=done, total=total, visible=True)
 
         published = upload.send(message, progress=progress)
-    _say(f"{'pull request' if published.pull_request else 'published'}: {published.pull_request or published.url}")
-    _say(f'to load it: medmim.create_model("hf-hub:{repo}@{published.commit}", pretrained=True)')
+    say(f"{'pull request' if published.pull_request else 'published'}: {published.pull_request or published.url}")
+    say(f'to load it: medmim.create_model("hf-hub:{repo}@{published.commit}", pretrained=True)')
     if published.spec.task is None:  # the catalog has encoders
         spec = published.spec
-        _say(
+        say(
             f'for the catalog: "{spec.weights.tag}" among the weights of {spec.architecture}, and '
             f"{catalog_file(spec)}:\n\n{catalog_entry(spec)}"
         )
-
-
-def _say(line: str) -> None:
-    """Prints a line that is never broken, so that paths in it can be copied."""
-    console.print(line, soft_wrap=True)

@@ -1,0 +1,81 @@
+"""`medmim mirror` and `medmim verify`: weights are copied, and compared with what was published."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medmim.cli.options import HubOption
+from medmim.cli.terminal import progress_bar, report, say
+from medmim.errors import MedmimError, UnknownModelError, WeightsError
+
+
+def mirror(
+    names: Annotated[
+        list[str], typer.Argument(help="Names of `medmim list --pretrained`, with wildcards, or hf-hub:ORG/NAME[@REV].")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the local hub; made when there is none.")],
+    hub: HubOption = None,
+) -> None:
+    """Copies weights, with all that was published beside them and the digests, into a folder for a site without a hub.
+
+    There, `MEDMIM_HUB=FOLDER` or `--hub FOLDER` makes the same names load from it.
+
+    Example: `medmim mirror "vit_*" hf-hub:org/name -o /media/stick/hub`
+    """
+    from medmim.mirror import mirror as copy
+    from medmim.registry import list_pretrained
+
+    failed = False
+    for name in dict.fromkeys(full for pattern in names for full in list_pretrained(pattern) or [pattern]):
+        try:
+            with progress_bar(name) as progress:
+                version = copy(name, output, progress=progress)
+            say(f"{version.repo}@{version.name}: {version.folder}")
+        except MedmimError as error:
+            report(error)
+            failed = True
+    if failed:
+        raise typer.Exit(1)
+
+
+def verify(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names, hf-hub:ORG/NAME[@REV], model folders, local hubs; default all that is installed."),
+    ] = None,
+    hub: HubOption = None,
+) -> None:
+    """Hashes every file of weights and compares what the model computes with what it did when it was published.
+
+    Prints a line for each; the exit code is 1 when something is not as published.
+
+    Example: `medmim verify vit_t_mae3d /data/hub`
+    """
+    from medmim.verify import installed, models_in
+    from medmim.verify import verify as check
+
+    checks, faults, unknown = 0, 0, 0
+    names = [models_in(source) if Path(source).is_dir() else [source] for source in sources or installed()]
+    for name in chain.from_iterable(names):
+        try:
+            for found in check(name):
+                checks += 1
+                faults += found.fault is not None
+                say(f"{name}: {found.item}: {found.fault or 'ok'}")
+        except UnknownModelError as error:
+            report(error)
+            unknown += 1
+        except MedmimError as error:
+            report(error)
+            checks, faults = checks + 1, faults + 1
+    if faults:
+        raise WeightsError(
+            f"{faults} of {checks} are not as published; copy a damaged file again, or delete it from the cache of the "
+            "Hub to have it fetched again"
+        )
+    if unknown:
+        raise typer.Exit(1)
