@@ -85,24 +85,25 @@ def _key(name: Path) -> str:
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
-def place_masks(named: Mapping[str, Path], folder: Path) -> dict[str, Path]:
-    """Where the mask of each scan goes, by the scan's name.
+def place_files(named: Mapping[str, Path], folder: Path, suffix: str) -> dict[str, Path]:
+    """Where the file that is made of each scan goes, by the scan's name.
 
     Args:
         named: Scans, see `name_scans`.
-        folder: For all masks.
+        folder: For all files.
+        suffix: Theirs.
 
     Raises:
-        SpecError: When that is the place of a scan, which would be taken for a mask that is finished.
-        OutputError: When a mask cannot be written there.
+        SpecError: When that is the place of a scan, which would be taken for a file that is finished.
+        OutputError: When a file cannot be written there.
     """
-    masks = {name: folder / f"{name}.nii.gz" for name in named}
+    files = {name: folder / f"{name}{suffix}" for name in named}
     scans = {scan.resolve() for scan in named.values()}
-    for mask in masks.values():
-        if mask.resolve() in scans:
-            raise SpecError(f"{mask}: is a scan, and a mask would go there; choose another output than {folder}")
-    check_writable(*masks.values())
-    return masks
+    for file in files.values():
+        if file.resolve() in scans:
+            raise SpecError(f"{file}: is a scan, and the output would go there; choose another one than {folder}")
+    check_writable(*files.values())
+    return files
 
 
 class ScanTable:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
 from torch import Tensor, nn
 
-from medmim.errors import SpecError
+from medmim.errors import ScanError, SpecError
 from medmim.files import atomic_write
 from medmim.heads.segmenter import Segmenter
 from medmim.layers.tokens import Size
@@ -211,6 +211,29 @@ def save_embeddings(path: str | Path, embeddings: Mapping[str, Embedding]) -> No
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:  # a full disk, for example
             raise OSError(f"{path}: {error}") from None
+
+
+def check_embeddings(path: Path, model: str) -> None:
+    """Refuses a file that is not of `save_embeddings`, or of another model.
+
+    Args:
+        path: The file.
+        model: What its embeddings must say that they are of.
+
+    Raises:
+        ScanError: Saying so.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            theirs = (file.metadata() or {}).get("model")
+    except (SafetensorError, OSError) as error:
+        raise ScanError(
+            f"{path}: not a whole safetensors file ({error}); delete it, and embed the scan again"
+        ) from None
+    if theirs != model:
+        raise ScanError(f"{path}: is of {theirs or 'an unknown model'}, not of {model}; choose another output")
 
 
 def _encoder(model: nn.Module) -> nn.Module:

@@ -275,6 +275,45 @@ def test_embed_that_is_stopped_writes_what_was_done(call, model, tmp_path, monke
         assert {key.rpartition("/")[0] for key in file.keys()} == {"a"}  # noqa: SIM118 (it is no dict)
 
 
+def test_embed_into_a_folder_skips_what_is_done(call, model, tmp_path):
+    folder, output = tmp_path / "scans", tmp_path / "scans" / "features"  # which is no scan of the next call
+    (folder / "b").mkdir(parents=True)
+    first, second = scan_file(folder, ct=True), scan_file(folder / "b", "x.nii.gz")
+    empty = tmp_path / "empty.nii.gz"
+    empty.touch()
+    code, out, err = call("embed", folder, empty, "-o", output, "-m", model)
+    assert (code, out) == (1, f"{output}: 2 of 3 scans\n")
+    assert err == f"medmim: error: {empty}: the file is empty; copy or export it again\n"
+    files = {first: output / "scan.safetensors", second: output / "b" / "x.safetensors"}
+    for scan, file in files.items():
+        with safe_open(file, "np") as embedded:
+            name = file.relative_to(output).with_suffix("").as_posix()
+            assert embedded.metadata()[f"{name}/scan"] == str(scan)
+            assert embedded.get_tensor(f"{name}/features").shape[0] == 24
+    written = {file: file.stat().st_mtime_ns for file in files.values()}
+    assert call("embed", folder, "-o", output, "-m", model)[:2] == (
+        0,
+        f"{output}: 0 of 0 scans, 2 were there already\n",
+    )
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+
+
+def test_embed_adds_to_no_folder_of_another_model(call, model, tmp_path):
+    scan, output = scan_file(tmp_path), tmp_path / "features"
+    assert call("embed", scan, "-o", output, "-m", model)[0] == 0
+    folder = tmp_path / "model"
+    medmim.save_pretrained(medmim.create_model(model, img_size=64), folder, weights=WEIGHTS)  # new numbers
+    code, _, err = call("embed", scan, "-o", output, "-m", f"local-dir:{folder}")
+    assert code == 1
+    assert re.fullmatch(
+        r".*/scan\.safetensors: is of vit_t_mae3d\.random sha256:\w{16}, not of vit_t_mae3d\.random sha256:\w{16}; "
+        r"choose another output\n",
+        err,
+    )
+    (output / "scan.safetensors").write_bytes(b"cut")
+    assert "scan.safetensors: not a whole safetensors file (" in call("embed", scan, "-o", output, "-m", model)[2]
+
+
 # --- push, mirror, verify ---------------------------------------------------------------------------------------------
 
 

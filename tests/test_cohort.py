@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from medmim.cohort import ScanTable, name_scans, place_masks
+from medmim.cohort import ScanTable, name_scans, place_files
 from medmim.errors import OutputError, ScanError, SpecError
 from medmim.volumes import DICOM_PREAMBLE
 
@@ -73,10 +73,10 @@ def test_a_place_that_cannot_be_written_is_found_before(tmp_path):
     named = {"inner/x": scan(tmp_path / "x.nii.gz")}
     (tmp_path / "out" / "inner" / "x.nii.gz").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"x\.nii\.gz: cannot be written \(a folder has that name\)"):
-        place_masks(named, tmp_path / "out")
+        place_files(named, tmp_path / "out", ".nii.gz")
     scan(tmp_path / "other" / "inner")
     with pytest.raises(OutputError, match=r"cannot be written \(Not a directory\); choose another output"):
-        place_masks(named, tmp_path / "other")
+        place_files(named, tmp_path / "other", ".nii.gz")
 
 
 def test_a_row_without_a_model_is_refused(tmp_path):

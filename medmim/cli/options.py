@@ -58,10 +58,16 @@ HubOption = Annotated[
 ]
 
 
-def check_output(path: Path, suffix: str) -> None:
-    """Refuses a file that has another suffix or cannot be written, before anything is computed for it."""
+def check_output(path: Path, suffix: str, *, otherwise: str = "") -> None:
+    """Refuses a file that has another suffix or cannot be written, before anything is computed for it.
+
+    Args:
+        path: What was given.
+        suffix: That it must have.
+        otherwise: What it may be instead, for the error.
+    """
     if path.suffix.lower() != suffix:
-        raise typer.BadParameter(f"{path} must end in {suffix}", param_hint="-o")
+        raise typer.BadParameter(f"{path} must end in {suffix}{otherwise and f', or {otherwise}'}", param_hint="-o")
     check_writable(path)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medmim.cli.options import (
     DEFAULT_MODEL,
     HubOption,
+    Modality,
     ModalityOption,
     ModelOption,
     ScansArgument,
@@ -21,10 +23,15 @@ from medmim.cli.options import (
 from medmim.cli.terminal import progress_bar, report, say
 from medmim.errors import ScanError
 
+if TYPE_CHECKING:
+    from medmim.inference import Embedding
+
 
 def embed(
     scans: ScansArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Safetensors file to write.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for a safetensors file a scan, or one such file for all.")
+    ],
     model: ModelOption = DEFAULT_MODEL,
     modality: ModalityOption = None,
     hub: HubOption = None,
@@ -32,31 +39,73 @@ def embed(
     """Writes the dense features and one pooled vector of each scan.
 
     A scan is called by its file name without the suffix, or by its path in the folder that was given. One that cannot
-    be used is reported and the others go on; the exit code is then 1. Features are written at the end, or when the run
-    is stopped (Ctrl-C) or fails: those of the scans that were done.
+    be used is reported and the others go on; the exit code is then 1. In a folder, scans that have their file are
+    skipped. One file for all is written at the end, or when the run is stopped (Ctrl-C) or fails: with the scans that
+    were done; until then they are in memory.
 
-    Example: `medmim embed scans/ -o features.safetensors`
+    Example: `medmim embed scans/ -o features`
     """
-    check_output(output, ".safetensors")
+    if output.suffix == ".safetensors" or (output.suffix and not output.is_dir()):
+        check_output(output, ".safetensors", otherwise="be a folder, which has no suffix")
+        _embed_to_file(scans, output, model, modality)
+    else:
+        _embed_to_folder(scans, output, model, modality)
+
+
+def _embed_to_folder(scans: list[Path], folder: Path, model: str, modality: Modality | None) -> None:
+    from medmim.cohort import name_scans, place_files
+    from medmim.inference import check_embeddings, save_embeddings
+
+    named = name_scans(scans, outside=folder)
+    files = place_files(named, folder, ".safetensors")
+    embed_scan, made_by = _embedding_with(model, modality)
+    there = [name for name in named if files[name].is_file()]
+    for name in there:
+        check_embeddings(files[name], made_by)
+    left = {name: scan for name, scan in named.items() if name not in there}
+
+    def write(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
+        save_embeddings(files[name], {name: embed_scan(scan, progress)})
+
+    _conclude(folder, len(left), _each_scan(left, write), already=len(there))
+
+
+def _embed_to_file(scans: list[Path], file: Path, model: str, modality: Modality | None) -> None:
     from medmim.cohort import name_scans
-    from medmim.inference import embed as embed_scan
     from medmim.inference import save_embeddings
 
     named = name_scans(scans)
-    encoder = load_model(model)
+    embed_scan, _ = _embedding_with(model, modality)
     embeddings = {}
 
     def add(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
-        embeddings[name] = embed_scan(encoder, scan, modality=modality and modality.value, progress=progress)
+        embeddings[name] = embed_scan(scan, progress)
 
     try:
         _each_scan(named, add)
     finally:  # hours of work are not lost to what ends the rest
         if embeddings:
-            save_embeddings(output, embeddings)
-        _say_done(output, len(embeddings), len(named))
+            save_embeddings(file, embeddings)
+        _say_done(file, len(embeddings), len(named))
     if len(embeddings) < len(named):
         raise typer.Exit(1)
+
+
+def _embedding_with(
+    name: str, modality: Modality | None
+) -> tuple[Callable[[Path, Callable[[int, int], None]], Embedding], str]:
+    """What embeds a scan, and says of which model the result is; and that model, in the same words."""
+    from medmim.identity import identity
+    from medmim.inference import embed as embed_scan
+
+    network = load_model(name)
+    made_by = identity(network)
+
+    def embed_one(scan: Path, progress: Callable[[int, int], None]) -> Embedding:
+        found = embed_scan(network, scan, modality=modality and modality.value, progress=progress)
+        return replace(found, model=made_by)
+
+    return embed_one, made_by
 
 
 def segment(
@@ -73,13 +122,13 @@ def segment(
 
     Example: `medmim segment scans/ -m local-dir:hippocampus -o masks`
     """
-    from medmim.cohort import ScanTable, name_scans, place_masks
+    from medmim.cohort import ScanTable, name_scans, place_files
     from medmim.identity import identity
     from medmim.segmentation import read_segmentation, segmented_classes
     from medmim.segmentation import segment as segment_scan
 
     named = name_scans(scans, outside=output)
-    masks = place_masks(named, output)
+    masks = place_files(named, output, ".nii.gz")
     network = load_model(model)
     classes = segmented_classes(network)
     made_by = identity(network)

@@ -20,8 +20,8 @@ class Conv3d(nn.Conv3d):
     """torch's, with right gradients on a CPU in bf16 as well.
 
     There the gradient of the kernel is wrong, at times infinite, where a map has more than one slice but fewer than the
-    kernel (oneDNN in torch 2.14, 16 channels or more): that of 64-cubed crops at stride 32 has two. Such a map is small,
-    so its convolution is computed in fp32.
+    kernel (oneDNN in torch 2.14, 16 channels or more): that of 64-cubed crops at stride 32 has two. Such a map is
+    small, so its convolution is computed in fp32.
     """
 
     def forward(self, x: Tensor) -> Tensor:

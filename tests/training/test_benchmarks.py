@@ -56,3 +56,9 @@ def test_curves(finished, tmp_path):
     curves.main([finished[1]], out=tmp_path / "curves.png")
     assert imread(tmp_path / "curves.png")[..., :3].std() > 0.05
     np.testing.assert_allclose(curves.smooth(np.arange(30.0))[[0, 1, 29]], [0, 0.5, 24.5])
+
+
+def test_the_page_is_that_of_the_records():
+    import page
+
+    assert (page.RESULTS / page.PAGE).read_text(encoding="utf-8") == page.page(page.RESULTS)

@@ -1,4 +1,4 @@
-"""How a step of MAE3D grows with the crop and the batch: seconds, activations, tokens a second.
+"""How a step of MAE3D grows with the crop and the batch: seconds, tokens a second, activations, what the time goes to.
 
     python training/benchmarks/growth.py --seconds 120
 
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import typer
 from common import RESULTS, median, write_result
-from step import Network, make_step, of_medmim
+from step import Network, breakdown, make_step, of_medmim
 
 from medmim_training.memory import keep_freed_memory
 from medmim_training.plan import make_plan
@@ -43,10 +44,11 @@ def main(
     for batch in BATCHES:
         for network, plan in zip(networks, plans, strict=True):
             flops, left = plan.flops_per_crop * batch, seconds - (time.monotonic() - start)
-            if flops / speed > min(longest, left / 2):  # one step to warm up, one that counts
+            if flops / speed > min(longest, left / 3):  # one step to warm up, one that counts, one to see what it does
                 left_out.append(f"{batch} x {network.side} cubed")
                 continue
-            taken = _seconds_of_step(network, batch, precision)
+            step = make_step("medmim", *of_medmim(network), network, batch, precision)
+            taken = _seconds_of(step)
             speed = flops / taken
             tokens = batch * (network.side // network.patch) ** 3
             rows.append(
@@ -58,6 +60,7 @@ def main(
                     "gflops": round(speed / 1e9, 1),
                     "activation_megabytes": plan.activation_bytes * batch >> 20,
                     "state_megabytes": plan.state_bytes >> 20,
+                    "time_goes_to": breakdown(step),
                 }
             )
     what = f"MAE3D, {width} wide, {networks[0].depth} deep, patches of {networks[0].patch}"
@@ -70,8 +73,7 @@ def _recipe(network: Network, precision: str) -> Recipe:
     return load_recipe("small/vit_b_mae3d", [f"model.args={args}", "batch_size=1", f"precision={precision}"])
 
 
-def _seconds_of_step(network: Network, batch: int, precision: str) -> float:
-    step = make_step("medmim", *of_medmim(network), network, batch, precision)
+def _seconds_of(step: Callable[[], None]) -> float:
     step()
     times = []
     for _ in range(3):

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,7 +40,7 @@ LISTS = [("medmim, list", "timm, list")]
 
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="How often each variant is run.")] = 7,
-    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write.")] = RESULTS,
+    out: Path = RESULTS,
 ) -> None:
     """Runs all variants in turn and writes the ratios."""
     runs: dict[str, list[dict]] = {name: [] for name in VARIANTS}
@@ -57,27 +55,24 @@ def main(
     checksums = {run["checksum"] for name in ("medmim, folder", "medmim, Hub cache", "timm") for run in runs[name]}
     assert len(checksums) == 1, "the variants that read the same weights hold different ones"
 
-    results = {
-        "what": __doc__.splitlines()[0],
-        "machine": _machine(),
+    from common import spread, write_result  # here: it imports torch, which the processes that are timed must not
+
+    seconds = {name: [run["seconds"] for run in each] for name, each in runs.items()}
+    result = {
+        "what": "first load of a pretrained ViT-B in a new process after its imports; import and list_models",
         "packages": {name: version(name) for name in PACKAGES},
-        "rounds": rounds,
-        "seconds": {name: _spread([run["seconds"] for run in each]) for name, each in runs.items()},
-        "times faster": {
-            f"{ours} / {peer}": _spread(
-                [b["seconds"] / a["seconds"] for a, b in zip(runs[ours], runs[peer], strict=True)]
-            )
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "times_faster": {
+            f"{ours} / {peer}": spread([b / a for a, b in zip(seconds[ours], seconds[peer], strict=True)])
             for ours, peer in LOADS + LISTS
         },
-        "peak memory / weights": {
-            name: _spread([run["peak"] / run["bytes"] for run in each])
+        "peak_memory_over_weights": {
+            name: spread([run["peak"] / run["bytes"] for run in each])
             for name, each in runs.items()
             if "list" not in name
         },
     }
-    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    for title in ("times faster", "peak memory / weights"):
-        print(title, _line({name: value["median"] for name, value in results[title].items()}))
+    write_result(out, result)
 
 
 def _in_new_process(name: str, folder: Path) -> dict:
@@ -88,26 +83,8 @@ def _in_new_process(name: str, folder: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most, to four digits."""
-    numbers = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: float(f"{value:.4g}") for name, value in numbers.items()}
-
-
 def _line(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-
-
-def _machine() -> dict:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "load average at the end": round(os.getloadavg()[0], 1),  # of more than one: others were at work
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
 
 
 # --- in the child -----------------------------------------------------------------------------------------------------

@@ -285,8 +285,8 @@ KEEP_MEMORY = {"medmim", "monai, memory kept"}
 # --- what else is reported -------------------------------------------------------------------------------------------
 
 KINDS = {
-    "matrix products": ("mm", "addmm", "bmm", "linear", "mkldnn_linear"),
-    "attention": ("flash", "efficient", "softmax", "scaled_dot"),
+    "matrix products": ("mm", "addmm", "linear", "mkldnn_linear"),
+    "attention": ("bmm", "flash", "efficient", "softmax", "scaled_dot"),  # no other layer multiplies in batches
     "normalisation": ("layer_norm",),
     "activation": ("gelu",),
     "optimizer and clipping": ("adamw", "norm", "foreach"),
