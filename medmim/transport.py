@@ -8,12 +8,14 @@ error. And it gives up at the first 5xx that comes instead of a large file's byt
 
 from __future__ import annotations
 
+import base64
 import errno
 import re
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from medmim import __version__
 from medmim.errors import WeightsError
@@ -26,11 +28,15 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes of a server that m
 
 @dataclass(frozen=True)
 class HubAccess:
-    """How to reach the Hub; None leaves it to huggingface_hub (`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`)."""
+    """How to reach the Hub; None leaves it to huggingface_hub (`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`).
+
+    The endpoint may have a password, as in https://user:password@server. The client is given it as a header, like a
+    token, because an address gets into what the client logs and raises.
+    """
 
     token: str | None = field(default=None, repr=False)
     cache_dir: str | Path | None = None
-    endpoint: str | None = None
+    endpoint: str | None = field(default=None, repr=False)
     local_files_only: bool = False
 
     def __post_init__(self) -> None:
@@ -40,13 +46,29 @@ class HubAccess:
                 "the token has a space, a line break or another character that no token has; copy it again, or leave "
                 "token= out to use HF_TOKEN or that of `hf auth login`"
             )
+        if self.endpoint:
+            _split_login(self.endpoint)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A model keeps where its decoder is; a file that it is pickled to must not have a secret.
+        return {**self.__dict__, "token": None, "endpoint": self.endpoint and self.address}
 
     @property
     def address(self) -> str:
-        """The endpoint that is asked."""
+        """The endpoint that is asked, without user and password."""
+        return self._endpoint[0]
+
+    @property
+    def headers(self) -> dict[str, str] | None:
+        """What is sent to it with each request: user and password, where the endpoint has them."""
+        login = self._endpoint[1]
+        return None if login is None else {"authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+
+    @property
+    def _endpoint(self) -> tuple[str, str | None]:
         from huggingface_hub import constants
 
-        return self.endpoint or constants.ENDPOINT
+        return _split_login(self.endpoint or constants.ENDPOINT)
 
     @property
     def is_offline(self) -> bool:
@@ -54,6 +76,38 @@ class HubAccess:
         from huggingface_hub import constants
 
         return self.local_files_only or constants.HF_HUB_OFFLINE
+
+
+def _split_login(endpoint: str) -> tuple[str, str | None]:
+    """The address of a hub, and the "user:password" that stood in it.
+
+    Raises:
+        WeightsError: When it is no address; one that may have a password in it is not shown.
+    """
+    try:
+        parts = urlsplit(endpoint) if isinstance(endpoint, str) and re.fullmatch(r"[!-~]+", endpoint) else None
+        is_address = (
+            parts is not None
+            and parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0  # one that is no number raises
+            and not parts.query + parts.fragment
+            and "@" not in parts.path
+        )
+    except ValueError:
+        is_address = False
+    if not is_address:
+        shown = f" {str(endpoint)!r}" if re.fullmatch(r"[\w.:/-]*", str(endpoint)) else ""
+        raise WeightsError(
+            f"the endpoint{shown} is no address of a hub, such as https://hub.example.org/models; correct endpoint= or "
+            "HF_ENDPOINT, and write /, @, ?, # and spaces of a password as %2F, %40, %3F, %23 and %20"
+        )
+    login, at, server = parts.netloc.rpartition("@")
+    return f"{parts.scheme}://{server}{parts.path}".rstrip("/"), unquote(login) if at else None
+
+
+class PathInAnswer(ValueError):
+    """A header that the client would name a file by leads out of the cache."""
 
 
 class NoAnswer(Exception):
@@ -79,25 +133,29 @@ def download(repo: str, revision: str, name: str, access: HubAccess) -> Path | N
             if isinstance(cached, str):  # hf_hub_download may ask the Hub what calls it, even then
                 return Path(cached)
         return _in_attempts(repo, revision, name, access, is_cached=isinstance(cached, str))
+    except WeightsError:
+        raise
     # Whatever the client raises (its own errors, those of its HTTP library, OSError) means: it did not come.
     except Exception as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
-        raise WeightsError(without_password(explain(f"{name} of {repo}@{revision}", error, access))) from error
+        raise WeightsError(explain(f"{name} of {repo}@{revision}", error, access)) from error
 
 
 def _in_attempts(repo: str, revision: str, name: str, access: HubAccess, *, is_cached: bool) -> Path:
     from huggingface_hub import hf_hub_download, hf_hub_url
 
+    _watch_answers()
     request: dict[str, Any] = {
         "token": access.token,
-        "endpoint": access.endpoint,
+        "endpoint": access.address,
+        "headers": access.headers,
         "library_name": "medmim",
         "library_version": __version__,
     }
     for attempt in range(ATTEMPTS):
         if not is_cached and not access.is_offline:
-            _await_answer(hf_hub_url(repo, name, revision=revision, endpoint=access.endpoint), request)
+            _await_answer(hf_hub_url(repo, name, revision=revision, endpoint=access.address), request)
         try:
             path = hf_hub_download(
                 repo,
@@ -115,6 +173,31 @@ def _in_attempts(repo: str, revision: str, name: str, access: HubAccess, *, is_c
                 raise
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _watch_answers() -> None:
+    """Has every answer to a question about a file looked at before the client acts on it."""
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks["response"]
+    if _refuse_paths not in hooks:
+        hooks.append(_refuse_paths)
+
+
+def _refuse_paths(response: Any) -> None:
+    """The client calls files of its cache what these headers say, wherever that is and whatever is there.
+
+    Raises:
+        PathInAnswer: When it is outside of the cache.
+    """
+    if response.request.method != "HEAD":
+        return
+    for header in ("ETag", "X-Linked-Etag", "X-Repo-Commit"):
+        value = response.headers.get(header, "")
+        for text in (value, value.lstrip("W/").strip('"')):  # of an ETag the client takes these off
+            path = PureWindowsPath(text)  # which may be written as one of other systems
+            if path.anchor or ".." in path.parts:
+                raise PathInAnswer(header)
 
 
 def _await_answer(url: str, request: dict[str, Any]) -> None:
@@ -180,7 +263,7 @@ def _was_tried_again(error: Exception) -> bool:
 def _asked_pause(error: Exception) -> int:
     """The seconds that the server asks to wait."""
     value = error.response.headers.get("Retry-After", "")
-    return int(value) if value.isdecimal() else 0
+    return int(value[:9]) if value.isdecimal() else 0  # thirty years will do
 
 
 def _errno_of(error: Exception) -> int | None:
@@ -196,11 +279,6 @@ def _is_of(response: Any, address: str) -> bool:
     return str(response.url).startswith(origin)
 
 
-def without_password(text: str) -> str:
-    """A text whose addresses lack what stands before the "@" of a server, as in https://user:password@server."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "", text)
-
-
 def explain(what: str, error: Exception, access: HubAccess) -> str:
     """One sentence: what did not come, why, and what to do."""
     from huggingface_hub import errors
@@ -212,6 +290,8 @@ def explain(what: str, error: Exception, access: HubAccess) -> str:
     response = cause.response if isinstance(cause, errors.HfHubHTTPError) else None
     status = response.status_code if response is not None else None
     said = response.headers.get("X-Error-Message", "") if response is not None else ""
+    if isinstance(error, PathInAnswer):
+        return f"{what}: {error} of the answer names a file outside of the cache; set HF_ENDPOINT to a hub you trust"
     if re.search(r"xet-\w+-token", str(error)):
         return f"{what}: the server does not speak Xet; set HF_HUB_DISABLE_XET=1"
     if isinstance(cause, errors.GatedRepoError):

@@ -102,6 +102,43 @@ def test_an_etag_that_is_a_plain_sha1(place, double):
     assert place.find(CONFIG).read_bytes() == b"{}"
 
 
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag", "X-Repo-Commit"])
+@pytest.mark.parametrize("name", ["{outside}", "..", "a/../../../../x", r"..\..\x", r"C:\x", r"\x"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_no_answer_names_a_file_outside_of_the_cache(header, name, first, place, double, tmp_path):
+    """A hub may answer the client's own question, the second one, otherwise than the first."""
+    value = name.format(outside=tmp_path / "outside")
+    lie = {header: value if header == "X-Repo-Commit" else f'"{value}"'}
+    for revision in (place.revision, "main"):
+        double.fault("HEAD", "resolve-cache", times=first, headers={})
+        double.fault("HEAD", "resolve-cache", times=inf, headers=lie)
+        with pytest.raises(WeightsError, match=f"{header} of the answer names a file outside of the cache; set HF_E"):
+            replace(place, revision=revision).find(CONFIG)
+        double.heal()
+    assert {path.name for path in tmp_path.iterdir()} <= {"folder", "cache"}
+    assert place.find(CONFIG).read_bytes() == b"{}"
+
+
+def test_no_answer_notes_a_missing_file_outside_of_the_cache(place, double, tmp_path):
+    lie = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": str(tmp_path / "outside")}
+    double.fault("HEAD", "", times=inf, status=404, headers=lie)
+    with pytest.raises(WeightsError, match="X-Repo-Commit of the answer names a file outside of the cache"):
+        place.find("other.json")
+    assert not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize("etag", ['W/"abc"', '"a/b+c=="', '"a..b"'])
+def test_other_etags_are_let_through(etag, place, double):
+    double.fault("HEAD", "resolve-cache", times=inf, headers={"ETag": etag})
+    assert place.find(CONFIG).read_bytes() == b"{}"
+
+
+def test_no_wait_is_too_long_to_be_read(place, double):
+    double.fault("*", "", times=inf, status=429, headers={"Retry-After": "9" * 5000})
+    with pytest.raises(WeightsError, match="too many requests; try again in 999999999 seconds"):
+        place.find(CONFIG)
+
+
 def test_a_file_that_a_commit_lacks_is_asked_for_once(place, double):
     assert place.find("model.safetensors.index.json") is None
     assert double.asked()
