@@ -183,7 +183,7 @@ def read_model(place: Place) -> tuple[ModelSpec, Place]:
         WeightsError: When there is no readable `config.json`.
         SpecError: When it says something impossible.
     """
-    if isinstance(place, Folder) and not place.path.is_dir():
+    if isinstance(place, Folder) and not os.path.isdir(place.path):  # false for what cannot be a path, too
         raise WeightsError(f"{place}: there is no such folder")
     path = place.find(CONFIG)
     if path is None:

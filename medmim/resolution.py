@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from medmim import hub, registry
@@ -29,7 +30,7 @@ def resolve(
         )
     kind, separator, rest = name.partition(":")
     if separator and kind == "local-dir":
-        return hub.read_model(hub.Folder(Path(rest).expanduser()))
+        return hub.read_model(hub.Folder(Path(os.path.expanduser(rest))))
     if separator and kind == "hf-hub":
         repo, at, named = rest.partition("@")
         if at and revision is not None and revision != named:
