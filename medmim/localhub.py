@@ -174,7 +174,7 @@ class LocalHub:
         from huggingface_hub.utils import WeakFileLock
 
         home = self._home(repo)
-        for word in (*branches, *filter(None, [tag])):
+        for word in (*branches, *([] if tag is None else [tag])):
             if not REVISION.fullmatch(word) or VERSION.fullmatch(word):
                 raise WeightsError(f"{word!r} cannot name a branch or tag of {self}; use letters, digits, _, - and .")
         try:

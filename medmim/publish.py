@@ -461,6 +461,8 @@ def _cure(repo: str, error: Exception) -> str:
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200]
     if re.search(r"xet-\w+-token", str(error)):
         return "the server does not speak Xet; set HF_HUB_DISABLE_XET=1"
+    if isinstance(error, errors.HFValidationError):
+        return f"{said.rstrip('.')}; choose another name"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "the network is off; unset HF_HUB_OFFLINE, or set MEDMIM_HUB to a local hub"
     if isinstance(error, errors.GatedRepoError):

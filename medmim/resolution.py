@@ -30,6 +30,8 @@ def resolve(
         )
     kind, separator, rest = name.partition(":")
     if separator and kind == "local-dir":
+        if not rest.strip():  # would be the folder that one happens to be in
+            raise UnknownModelError(f"{name!r} names no folder; write local-dir:PATH, with . for the one you are in")
         return hub.read_model(hub.Folder(Path(os.path.expanduser(rest))))
     if separator and kind == "hf-hub":
         repo, at, named = rest.partition("@")

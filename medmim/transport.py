@@ -290,6 +290,8 @@ def explain(what: str, error: Exception, access: HubAccess) -> str:
     response = cause.response if isinstance(cause, errors.HfHubHTTPError) else None
     status = response.status_code if response is not None else None
     said = response.headers.get("X-Error-Message", "") if response is not None else ""
+    if isinstance(error, errors.HFValidationError):
+        return f"{what}: no repository has such a name ({str(error).rstrip('.')}); check it"
     if isinstance(error, PathInAnswer):
         return f"{what}: {error} of the answer names a file outside of the cache; set HF_ENDPOINT to a hub you trust"
     if re.search(r"xet-\w+-token", str(error)):

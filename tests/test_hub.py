@@ -23,7 +23,7 @@ import medmim
 from fakes import RECORD, tiny_model
 from hubdouble import HubDouble
 from medmim import files, hub, remote, transport
-from medmim.errors import SpecError, WeightsError
+from medmim.errors import SpecError, UnknownModelError, WeightsError
 from medmim.publish import push_to_hub
 from medmim.spec import FileSpec
 
@@ -546,6 +546,24 @@ def test_a_folder_that_cannot_be_is_none(path, monkeypatch):
     monkeypatch.setenv("MEDMIM_HUB", f"./{path}" if path[0] == "x" else path)
     with pytest.raises(WeightsError, match="has no model org/x"):
         medmim.create_model("hf-hub:org/x", pretrained=True)
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_no_folder_is_not_the_one_that_one_is_in(path, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tiny_folder[0])
+    with pytest.raises(
+        UnknownModelError, match=r"names no folder; write local-dir:PATH, with \. for the one you are in"
+    ):
+        medmim.create_model(f"local-dir:{path}", pretrained=True)
+    medmim.create_model("local-dir:.", pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["org/a--b", "org/a.git", "org/" + "x" * 100])
+def test_a_name_that_no_repository_has_is_not_blamed_on_the_hub(name, double, access):
+    with pytest.raises(WeightsError, match=r"no repository has such a name \(.*\); check it$"):
+        medmim.create_model(f"hf-hub:{name}", pretrained=True, **access)
+    with pytest.raises(WeightsError, match=r"choose another name$"):
+        push_to_hub(tiny_model(), name, weights=RECORD, card="a card", endpoint=double.endpoint)
 
 
 def test_a_file_is_described_as_it_is(tmp_path):
