@@ -153,9 +153,10 @@ def _in_attempts(repo: str, revision: str, name: str, access: HubAccess, *, is_c
         "library_name": "medmim",
         "library_version": __version__,
     }
+    size = None
     for attempt in range(ATTEMPTS):
         if not is_cached and not access.is_offline:
-            _await_answer(hf_hub_url(repo, name, revision=revision, endpoint=access.address), request)
+            size = _await_answer(hf_hub_url(repo, name, revision=revision, endpoint=access.address), request)
         try:
             path = hf_hub_download(
                 repo,
@@ -164,6 +165,7 @@ def _in_attempts(repo: str, revision: str, name: str, access: HubAccess, *, is_c
                 cache_dir=access.cache_dir,
                 etag_timeout=_patience(),
                 local_files_only=access.local_files_only,
+                tqdm_class=_bar_that_ends_at(size),
                 **request,
             )
             return Path(path)
@@ -200,8 +202,35 @@ def _refuse_paths(response: Any) -> None:
                 raise PathInAnswer(header)
 
 
-def _await_answer(url: str, request: dict[str, Any]) -> None:
+def _bar_that_ends_at(size: int | None) -> type:
+    """The client's progress bar, which stops a transfer that is longer than the file: one may have no end.
+
+    Args:
+        size: Bytes of the file; None for as many as the client was told to expect.
+    """
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # Over Xet what is counted are no bytes of the file, and hf_xet takes as many as it asked for.
+            self.most = (size or kwargs.get("total")) if kwargs.get("name") == "huggingface_hub.http_get" else None
+            self.received = kwargs.get("initial", 0)  # a bar that is not shown does not count
+            super().__init__(*args, **kwargs)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.received += n
+            if self.most is not None and self.received > self.most:
+                raise OSError(f"the answer is longer than the file, which has {self.most} bytes")
+            return super().update(n)
+
+    return Bar
+
+
+def _await_answer(url: str, request: dict[str, Any]) -> int | None:
     """Asks for a file until the server says that it is there, or is not.
+
+    Returns:
+        Its size in bytes, where the server says it.
 
     Raises:
         NoAnswer: When it says nothing, or that it cannot, until patience ends.
@@ -214,10 +243,9 @@ def _await_answer(url: str, request: dict[str, Any]) -> None:
     pause = 0.5
     while True:
         try:
-            get_hf_file_metadata(url, timeout=end - time.monotonic(), **request)
-            return
+            return get_hf_file_metadata(url, timeout=end - time.monotonic(), **request).size
         except EntryNotFoundError:
-            return  # the client asks too, and makes a note of it in the cache
+            return None  # the client asks too, and makes a note of it in the cache
         except Exception as error:
             wait = _pause_after(error, url, pause)
             if wait is None:

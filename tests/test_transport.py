@@ -133,6 +133,24 @@ def test_other_etags_are_let_through(etag, place, double):
     assert place.find(CONFIG).read_bytes() == b"{}"
 
 
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [({}, bytes(30_000_000)), ({"Transfer-Encoding": "chunked"}, (b"100000\r\n" + bytes(2**20) + b"\r\n") * 30)],
+    ids=["long", "endless"],
+)
+@pytest.mark.parametrize("damaged", [False, True])
+def test_no_more_is_taken_than_the_file_has(headers, body, damaged, place, double, content, record, monkeypatch):
+    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: None)
+    if damaged:
+        place.fetch(record).resolve().write_bytes(bytes(len(content)))
+    double.fault("GET", "^/objects/", times=inf, status=200, headers=headers, body=body)
+    with pytest.raises(WeightsError, match="the answer is longer than the file, which has 300000 bytes"):
+        place.fetch(record)
+    assert all(path.stat().st_size <= 300_000 for path in place.access.cache_dir.rglob("*"))
+    double.heal()
+    assert place.fetch(record).read_bytes() == content
+
+
 def test_no_wait_is_too_long_to_be_read(place, double):
     double.fault("*", "", times=inf, status=429, headers={"Retry-After": "9" * 5000})
     with pytest.raises(WeightsError, match="too many requests; try again in 999999999 seconds"):
