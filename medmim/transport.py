@@ -178,12 +178,20 @@ def _in_attempts(repo: str, revision: str, name: str, access: HubAccess, *, is_c
 
 
 def _watch_answers() -> None:
-    """Has every answer to a question about a file looked at before the client acts on it."""
+    """Has every answer to a question about a file looked at before the client acts on it, and every request."""
     from huggingface_hub import get_session
 
-    hooks = get_session().event_hooks["response"]
-    if _refuse_paths not in hooks:
-        hooks.append(_refuse_paths)
+    for kind, hook in (("request", _keep_password), ("response", _refuse_paths)):
+        hooks = get_session().event_hooks[kind]
+        if hook not in hooks:
+            hooks.append(hook)
+
+
+def _keep_password(request: Any) -> None:
+    """Takes the password of a mirror off a request to the Hub, which a mirror may lead to: the client leaves it on."""
+    is_password = request.headers.get("authorization", "").startswith("Basic ")
+    if is_password and request.url.host.endswith("huggingface.co"):
+        del request.headers["authorization"]
 
 
 def _refuse_paths(response: Any) -> None:

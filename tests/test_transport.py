@@ -12,7 +12,7 @@ from math import inf
 from pathlib import Path
 
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
 
 from hubdouble import HubDouble
 from medmim import transport as fetching
@@ -125,6 +125,16 @@ def test_no_answer_notes_a_missing_file_outside_of_the_cache(place, double, tmp_
     with pytest.raises(WeightsError, match="X-Repo-Commit of the answer names a file outside of the cache"):
         place.find("other.json")
     assert not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize(("host", "kept"), [("huggingface.co", False), ("mirror.example.org", True)])
+def test_the_password_of_a_mirror_is_kept_from_the_hub(host, kept, place):
+    place.find(CONFIG)
+    session = get_session()
+    request = session.build_request("GET", f"https://{host}/x", headers={"authorization": "Basic bWU6aHVudGVyMg=="})
+    for hook in session.event_hooks["request"]:
+        hook(request)
+    assert ("authorization" in request.headers) is kept
 
 
 @pytest.mark.parametrize("etag", ['W/"abc"', '"a/b+c=="', '"a..b"'])
