@@ -6,6 +6,7 @@ initialise what is new for the task. Weights are never replaced by random number
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -86,7 +87,9 @@ def create_model(
     model = construct_within_limits(family.cls, args, name, stored.task)
     if not loads:
         model = with_decoder(construct(family.cls, args, name), stored.task, name)
-    weights = None
+    weights, task = None, _task_kept(stored, args)
+    if task is not None and (checkpoint_path is not None or not pretrained):
+        task = task.model_copy(update={"origin": None})  # is that of the stored weights, which are not loaded
     if checkpoint_path is not None:
         tensors = read_tensors([to_path(checkpoint_path, "checkpoint_path")])
         fill(model, args, family, stored, tensors, source=str(checkpoint_path), device=device, dtype=dtype)
@@ -97,7 +100,7 @@ def create_model(
         tensors = read_tensors(hub.fetch_encoder(place, weights))
         fill(model, args, family, stored, tensors, source=str(place), device=device, dtype=dtype)
     model.to(device=device, dtype=dtype).train(not loads)
-    model.spec = stored.model_copy(update={"args": args, "weights": weights, "task": _task_kept(stored, args)})
+    model.spec = stored.model_copy(update={"args": args, "weights": weights, "task": task})
     # Where files that belong to these weights (the decoder) will be looked for; a token is not kept in a model.
     model.weights_place = place.without_token() if weights is not None else None
     return model
@@ -132,7 +135,7 @@ def from_pretrained(
         SpecError: For a bad `config.json`.
         WeightsError: For weights that do not exist, cannot be fetched, are damaged or do not fit.
     """
-    if to_path(repo_or_path, "repo_or_path").expanduser().is_dir():
+    if os.path.isdir(os.path.expanduser(to_path(repo_or_path, "repo_or_path"))):
         if revision is not None:
             raise WeightsError(f"{repo_or_path} is a folder on this disk, which has no revision {revision!r}")
         name = f"local-dir:{repo_or_path}"

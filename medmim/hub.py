@@ -17,12 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from medmim.access import HubAccess
 from medmim.errors import SpecError, WeightsError
 from medmim.files import fault_of, sha256_of, write_text
 from medmim.limits import CONFIG_BYTES, read_json
 from medmim.localhub import REPOSITORY, LocalHub, Version
 from medmim.registry import PACKAGED
-from medmim.remote import COMMIT, HubAccess, Repository
+from medmim.remote import COMMIT, Repository
 from medmim.spec import INSIDE, FileSpec, ModelSpec, WeightsSpec
 
 CONFIG, ENCODER, GOLDEN = "config.json", "model.safetensors", "golden.safetensors"
@@ -183,7 +184,7 @@ def read_model(place: Place) -> tuple[ModelSpec, Place]:
         WeightsError: When there is no readable `config.json`.
         SpecError: When it says something impossible.
     """
-    if isinstance(place, Folder) and not place.path.is_dir():
+    if isinstance(place, Folder) and not os.path.isdir(place.path):  # false for what cannot be a path, too
         raise WeightsError(f"{place}: there is no such folder")
     path = place.find(CONFIG)
     if path is None:

@@ -56,7 +56,7 @@ class LocalHub:
     """The hub in a folder, which need not exist until something is published to it."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))
 
     def __str__(self) -> str:
         return f"the local hub {self.root}"
@@ -74,7 +74,7 @@ class LocalHub:
             WeightsError: When there is none, with those that there are.
         """
         home = self._home(repo)
-        if not home.is_dir():
+        if not os.path.isdir(home):
             raise WeightsError(f"{self} has no model {repo}; publish or copy it there, or set another MEDMIM_HUB")
         version = self._version(home, revision or MAIN)
         if version is not None:
@@ -174,7 +174,7 @@ class LocalHub:
         from huggingface_hub.utils import WeakFileLock
 
         home = self._home(repo)
-        for word in (*branches, *filter(None, [tag])):
+        for word in (*branches, *([] if tag is None else [tag])):
             if not REVISION.fullmatch(word) or VERSION.fullmatch(word):
                 raise WeightsError(f"{word!r} cannot name a branch or tag of {self}; use letters, digits, _, - and .")
         try:

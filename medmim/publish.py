@@ -27,7 +27,6 @@ from medmim.localhub import MAIN, LocalHub
 from medmim.resolution import resolve
 from medmim.saving import save_pretrained
 from medmim.spec import ModelSpec, WeightsSpec
-from medmim.transport import without_password
 
 CARD, LICENSE = "README.md", "LICENSE"
 
@@ -373,15 +372,16 @@ class _Remote:
     create_pr: bool
 
     def __str__(self) -> str:
-        return without_password(self._api.endpoint)
+        return self.access.address
 
     @property
     def _api(self):
         from huggingface_hub import HfApi
 
         return HfApi(
-            endpoint=self.access.endpoint,
+            endpoint=self.access.address,
             token=self.access.token,
+            headers=self.access.headers,
             library_name="medmim",
             library_version=__version__,
         )
@@ -450,7 +450,7 @@ class _Remote:
             yield
         # Whatever the client raises: its own errors, those of its HTTP library, of hf_xet.
         except Exception as error:
-            raise WeightsError(f"{what} on {self} failed: {without_password(_cure(repo, error))}") from error
+            raise WeightsError(f"{what} on {self} failed: {_cure(repo, error)}") from error
 
 
 def _cure(repo: str, error: Exception) -> str:
@@ -461,6 +461,8 @@ def _cure(repo: str, error: Exception) -> str:
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200]
     if re.search(r"xet-\w+-token", str(error)):
         return "the server does not speak Xet; set HF_HUB_DISABLE_XET=1"
+    if isinstance(error, errors.HFValidationError):
+        return f"{said.rstrip('.')}; choose another name"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "the network is off; unset HF_HUB_OFFLINE, or set MEDMIM_HUB to a local hub"
     if isinstance(error, errors.GatedRepoError):

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from medmim import transport
+from medmim.access import HubAccess
 from medmim.errors import WeightsError
 from medmim.files import atomic_write, fault_of
 from medmim.spec import FileSpec
-from medmim.transport import COMMIT, HubAccess
+from medmim.transport import COMMIT
 
-__all__ = ["COMMIT", "HubAccess", "Repository"]
+__all__ = ["COMMIT", "Repository"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ class Repository:
     def _require(self, name: str) -> Path:
         path = self._download(name)
         if path is None:
-            address = transport.without_password(self.access.address)
-            raise WeightsError(f"{self} has no file {name} at {address}; check the repository and revision")
+            raise WeightsError(f"{self} has no file {name} at {self.access.address}; check the repository and revision")
         return path
 
     def _check(self, path: Path, name: str, sha256: str, size: int | None) -> Path:
@@ -96,7 +96,7 @@ class Repository:
             fault = _fault_now(find_fault, path)
         if fault is not None:
             raise WeightsError(
-                f"{name} of {self} from {transport.without_password(self.access.address)} is not the file that was "
+                f"{name} of {self} from {self.access.address} is not the file that was "
                 f"published ({fault}, fetched twice); the repository has changed or a proxy alters downloads"
             )
         return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from medmim import hub, registry
@@ -29,7 +30,9 @@ def resolve(
         )
     kind, separator, rest = name.partition(":")
     if separator and kind == "local-dir":
-        return hub.read_model(hub.Folder(Path(rest).expanduser()))
+        if not rest.strip():  # would be the folder that one happens to be in
+            raise UnknownModelError(f"{name!r} names no folder; write local-dir:PATH, with . for the one you are in")
+        return hub.read_model(hub.Folder(Path(os.path.expanduser(rest))))
     if separator and kind == "hf-hub":
         repo, at, named = rest.partition("@")
         if at and revision is not None and revision != named:

@@ -24,9 +24,10 @@ Spacing = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], An
 Modality = Literal["CT", "MR", "PET"]
 Arguments = Annotated[dict[str, Any], AfterValidator(plain_arguments)]  # of a constructor
 
-# A path inside a folder, which means the same file on every system: no "..", no drive, no device of Windows.
+# A path inside a folder, which means the same file on every system: no "..", no drive, no device of Windows, and
+# not longer than a name may be.
 _PART = r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|/|$))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_-])?"
-INSIDE = re.compile(rf"{_PART}(?:/{_PART})*", re.ASCII | re.IGNORECASE)
+INSIDE = re.compile(rf"(?!.{{256}}){_PART}(?:/{_PART})*", re.ASCII | re.IGNORECASE)
 
 
 class Record(BaseModel):

@@ -11,49 +11,18 @@ from __future__ import annotations
 import errno
 import re
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from medmim import __version__
+from medmim.access import HubAccess
 from medmim.errors import WeightsError
+from medmim.guards import PathInAnswer, bar_that_ends_at, watch_answers
 
 PATIENCE = 8.0  # seconds; HF_HUB_ETAG_TIMEOUT, when it is set, goes before it
 ATTEMPTS = 4
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes of a server that may do better in a moment
-
-
-@dataclass(frozen=True)
-class HubAccess:
-    """How to reach the Hub; None leaves it to huggingface_hub (`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`)."""
-
-    token: str | None = field(default=None, repr=False)
-    cache_dir: str | Path | None = None
-    endpoint: str | None = None
-    local_files_only: bool = False
-
-    def __post_init__(self) -> None:
-        # The HTTP library would refuse it too, with an error that quotes it.
-        if isinstance(self.token, str) and not re.fullmatch(r"[!-~]*", self.token):
-            raise WeightsError(
-                "the token has a space, a line break or another character that no token has; copy it again, or leave "
-                "token= out to use HF_TOKEN or that of `hf auth login`"
-            )
-
-    @property
-    def address(self) -> str:
-        """The endpoint that is asked."""
-        from huggingface_hub import constants
-
-        return self.endpoint or constants.ENDPOINT
-
-    @property
-    def is_offline(self) -> bool:
-        """Whether nothing may be asked."""
-        from huggingface_hub import constants
-
-        return self.local_files_only or constants.HF_HUB_OFFLINE
 
 
 class NoAnswer(Exception):
@@ -79,25 +48,30 @@ def download(repo: str, revision: str, name: str, access: HubAccess) -> Path | N
             if isinstance(cached, str):  # hf_hub_download may ask the Hub what calls it, even then
                 return Path(cached)
         return _in_attempts(repo, revision, name, access, is_cached=isinstance(cached, str))
+    except WeightsError:
+        raise
     # Whatever the client raises (its own errors, those of its HTTP library, OSError) means: it did not come.
     except Exception as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
-        raise WeightsError(without_password(explain(f"{name} of {repo}@{revision}", error, access))) from error
+        raise WeightsError(explain(f"{name} of {repo}@{revision}", error, access)) from error
 
 
 def _in_attempts(repo: str, revision: str, name: str, access: HubAccess, *, is_cached: bool) -> Path:
     from huggingface_hub import hf_hub_download, hf_hub_url
 
+    watch_answers()
     request: dict[str, Any] = {
         "token": access.token,
-        "endpoint": access.endpoint,
+        "endpoint": access.address,
+        "headers": access.headers,
         "library_name": "medmim",
         "library_version": __version__,
     }
+    size = None
     for attempt in range(ATTEMPTS):
         if not is_cached and not access.is_offline:
-            _await_answer(hf_hub_url(repo, name, revision=revision, endpoint=access.endpoint), request)
+            size = _await_answer(hf_hub_url(repo, name, revision=revision, endpoint=access.address), request)
         try:
             path = hf_hub_download(
                 repo,
@@ -106,6 +80,7 @@ def _in_attempts(repo: str, revision: str, name: str, access: HubAccess, *, is_c
                 cache_dir=access.cache_dir,
                 etag_timeout=_patience(),
                 local_files_only=access.local_files_only,
+                tqdm_class=bar_that_ends_at(size),
                 **request,
             )
             return Path(path)
@@ -117,8 +92,11 @@ def _in_attempts(repo: str, revision: str, name: str, access: HubAccess, *, is_c
     raise AssertionError("the last attempt returns or raises")
 
 
-def _await_answer(url: str, request: dict[str, Any]) -> None:
+def _await_answer(url: str, request: dict[str, Any]) -> int | None:
     """Asks for a file until the server says that it is there, or is not.
+
+    Returns:
+        Its size in bytes, where the server says it.
 
     Raises:
         NoAnswer: When it says nothing, or that it cannot, until patience ends.
@@ -131,10 +109,9 @@ def _await_answer(url: str, request: dict[str, Any]) -> None:
     pause = 0.5
     while True:
         try:
-            get_hf_file_metadata(url, timeout=end - time.monotonic(), **request)
-            return
+            return get_hf_file_metadata(url, timeout=end - time.monotonic(), **request).size
         except EntryNotFoundError:
-            return  # the client asks too, and makes a note of it in the cache
+            return None  # the client asks too, and makes a note of it in the cache
         except Exception as error:
             wait = _pause_after(error, url, pause)
             if wait is None:
@@ -180,7 +157,7 @@ def _was_tried_again(error: Exception) -> bool:
 def _asked_pause(error: Exception) -> int:
     """The seconds that the server asks to wait."""
     value = error.response.headers.get("Retry-After", "")
-    return int(value) if value.isdecimal() else 0
+    return int(value[:9]) if value.isdecimal() else 0  # thirty years will do
 
 
 def _errno_of(error: Exception) -> int | None:
@@ -196,11 +173,6 @@ def _is_of(response: Any, address: str) -> bool:
     return str(response.url).startswith(origin)
 
 
-def without_password(text: str) -> str:
-    """A text whose addresses lack what stands before the "@" of a server, as in https://user:password@server."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "", text)
-
-
 def explain(what: str, error: Exception, access: HubAccess) -> str:
     """One sentence: what did not come, why, and what to do."""
     from huggingface_hub import errors
@@ -212,6 +184,10 @@ def explain(what: str, error: Exception, access: HubAccess) -> str:
     response = cause.response if isinstance(cause, errors.HfHubHTTPError) else None
     status = response.status_code if response is not None else None
     said = response.headers.get("X-Error-Message", "") if response is not None else ""
+    if isinstance(error, errors.HFValidationError):
+        return f"{what}: no repository has such a name ({str(error).rstrip('.')}); check it"
+    if isinstance(error, PathInAnswer):
+        return f"{what}: {error} of the answer names a file outside of the cache; set HF_ENDPOINT to a hub you trust"
     if re.search(r"xet-\w+-token", str(error)):
         return f"{what}: the server does not speak Xet; set HF_HUB_DISABLE_XET=1"
     if isinstance(cause, errors.GatedRepoError):

@@ -25,8 +25,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_downloa
 from huggingface_hub.utils import httpx
 
 from hubdouble import HubDouble, Request
+from medmim.access import HubAccess
 from medmim.errors import WeightsError
-from medmim.remote import HubAccess, Repository
+from medmim.remote import Repository
 from medmim.spec import FileSpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"

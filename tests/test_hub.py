@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import logging
 import math
 import os
 import pickle
@@ -21,7 +23,7 @@ import medmim
 from fakes import RECORD, tiny_model
 from hubdouble import HubDouble
 from medmim import files, hub, remote, transport
-from medmim.errors import SpecError, WeightsError
+from medmim.errors import SpecError, UnknownModelError, WeightsError
 from medmim.publish import push_to_hub
 from medmim.spec import FileSpec
 
@@ -171,16 +173,79 @@ def test_a_token_that_is_none_is_refused_and_not_shown(token, double, access):
     assert not double.requests
 
 
-def test_a_password_in_the_address_of_a_hub_is_not_shown(double, access, tmp_path):
+PASSWORD = {"authorization": f"Basic {base64.b64encode(b'me:hunter2/x').decode()}"}
+
+
+@pytest.fixture
+def logged(caplog):
+    """What the client logs, to the last line."""
+    for name in ("huggingface_hub", "httpx", "httpx2"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    return caplog
+
+
+def test_a_password_in_the_address_of_a_hub_is_sent_and_kept_nowhere(double, access, logged, monkeypatch):
+    monkeypatch.setattr("hubdouble.hub.TOKENS", [PASSWORD["authorization"]])
+    access = {**access, "endpoint": double.endpoint.replace("://", "://me:hunter2%2Fx@")}
+    model = medmim.from_pretrained(REPO, **access)
+    assert {request.headers.get("authorization") for request in double.requests if request.server == "hub"} == {
+        PASSWORD["authorization"]
+    }
+    medmim.create_decoder(model)
+    assert "hunter2" not in logged.text + repr(model.weights_place)
+    assert b"hunter2" not in pickle.dumps(model)
+    place = pickle.loads(pickle.dumps(model.weights_place))
+    assert place.access.address == double.endpoint
+    assert place.access.headers is None
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500, 503])
+def test_a_password_in_the_address_of_a_hub_is_not_shown(status, double, access, logged, monkeypatch):
+    monkeypatch.setattr(transport, "PATIENCE", 0.1)
     endpoint = double.endpoint.replace("://", "://me:hunter2@")
     access = {**access, "endpoint": endpoint}
-    double.fault("*", "", times=math.inf, status=500)
-    with pytest.raises(WeightsError, match=f"could not be fetched from {double.endpoint}") as caught:
+    double.fault("*", "", times=math.inf, status=status)
+    with pytest.raises(WeightsError, match=f"could not be fetched from {double.endpoint}") as fetching:
         medmim.from_pretrained(REPO, **access)
-    assert "hunter2" not in str(caught.value)
-    with pytest.raises(WeightsError, match=f"on {double.endpoint} failed") as caught:
-        push_to_hub(tiny_model(), REPO, weights=RECORD, endpoint=endpoint)
-    assert "hunter2" not in str(caught.value)
+    with pytest.raises(WeightsError, match=f"on {double.endpoint} failed") as pushing:
+        push_to_hub(tiny_model(), REPO, weights=RECORD, card="a card", endpoint=endpoint)
+    for caught in (fetching, pushing):
+        assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+    assert "hunter2" not in logged.text
+
+
+def test_a_password_in_hf_endpoint_is_not_shown(double):
+    endpoint = double.endpoint.replace("://", "://me:hunter2@")
+    code = f"import logging, medmim; logging.basicConfig(level=0); medmim.from_pretrained({REPO!r})"
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_DEBUG": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert f"WeightsError: config.json of {REPO}@main could not be fetched from {double.endpoint}" in done.stderr
+    assert double.requests[0].headers["authorization"].startswith("Basic ")
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        *("http://me:hunter2/x@h", "http://me:hunter2 x@h", "http://me:hunter2?x@h", "http://me:hunter2#x@h"),
+        *("http://me:12/hunter2@h", "http://h/?token=hunter2", "me:hunter2@h", "http://me:hunter2@", "http://[hunter2"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_and_not_shown(endpoint):
+    with pytest.raises(WeightsError, match=r"^the endpoint is no address of a hub, such") as caught:
+        medmim.from_pretrained(REPO, endpoint=endpoint)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:8080", "hub", "ftp://hub", "http://hub:99999"])
+def test_an_address_that_is_none_is_named(endpoint, monkeypatch):
+    from huggingface_hub import constants
+
+    with pytest.raises(WeightsError, match=f"^the endpoint '{endpoint}' is no address of a hub"):
+        medmim.from_pretrained(REPO, endpoint=endpoint)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    with pytest.raises(WeightsError, match=f"^the endpoint '{endpoint}' is no address of a hub"):
+        medmim.from_pretrained(REPO)
 
 
 # --- damaged downloads ------------------------------------------------------------------------------------------------
@@ -455,6 +520,50 @@ def test_a_missing_shard_or_no_file_at_all(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}')
     with pytest.raises(WeightsError, match="not all of its shards are there"):
         hub.fetch_encoder(hub.Folder(tmp_path), None)
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "a/" * 2_100 + "x", "x" * 4_200])
+def test_a_name_that_no_file_can_have_is_refused(name, tiny_folder):
+    config = json.loads((tiny_folder[0] / "config.json").read_text())
+    config["weights"]["encoder"][0]["name"] = f"{name}.safetensors"
+    (tiny_folder[0] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecError, match=r"weights\.encoder\.0\.name.* must be a path inside the model folder"):
+        medmim.from_pretrained(tiny_folder[0])
+    (tiny_folder[0] / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": f"{name}.safetensors"}})
+    )
+    (tiny_folder[0] / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="must be a safetensors file beside the index"):
+        hub.fetch_encoder(hub.Folder(tiny_folder[0]), None)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "x/" * 2_100, "~nobody-of-that-name/x"])
+def test_a_folder_that_cannot_be_is_none(path, monkeypatch):
+    with pytest.raises(WeightsError, match="there is no such folder"):
+        medmim.create_model(f"local-dir:{path}", pretrained=True)
+    with pytest.raises(WeightsError, match="neither a folder that exists nor a repository"):
+        medmim.from_pretrained(path)
+    monkeypatch.setenv("MEDMIM_HUB", f"./{path}" if path[0] == "x" else path)
+    with pytest.raises(WeightsError, match="has no model org/x"):
+        medmim.create_model("hf-hub:org/x", pretrained=True)
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_no_folder_is_not_the_one_that_one_is_in(path, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tiny_folder[0])
+    with pytest.raises(
+        UnknownModelError, match=r"names no folder; write local-dir:PATH, with \. for the one you are in"
+    ):
+        medmim.create_model(f"local-dir:{path}", pretrained=True)
+    medmim.create_model("local-dir:.", pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["org/a--b", "org/a.git", "org/" + "x" * 100])
+def test_a_name_that_no_repository_has_is_not_blamed_on_the_hub(name, double, access):
+    with pytest.raises(WeightsError, match=r"no repository has such a name \(.*\); check it$"):
+        medmim.create_model(f"hf-hub:{name}", pretrained=True, **access)
+    with pytest.raises(WeightsError, match=r"choose another name$"):
+        push_to_hub(tiny_model(), name, weights=RECORD, card="a card", endpoint=double.endpoint)
 
 
 def test_a_file_is_described_as_it_is(tmp_path):

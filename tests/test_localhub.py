@@ -192,6 +192,12 @@ def test_a_tag_is_given_once(local, files, other_files):
     assert local.find(REPO).name == version
 
 
+@pytest.mark.parametrize("tag", ["", "../x", "a b"])
+def test_a_tag_is_a_name(tag, local, files):
+    with pytest.raises(WeightsError, match="cannot name a branch or tag of the local hub"):
+        local.publish(REPO, files, tag=tag)
+
+
 def test_a_tag_does_not_move(local, files, other_files):
     version = local.publish(REPO, files, tag="v1")
     with pytest.raises(WeightsError, match=r"'v1' is a tag of .*, which does not move"):

@@ -14,12 +14,13 @@ import medmim
 from fakes import RECORD, save_tiny, tiny_decoder, tiny_model
 from hubdouble import HubDouble
 from medmim import hub
+from medmim.access import HubAccess
 from medmim.errors import UnknownModelError, WeightsError
 from medmim.files import sha256_of
 from medmim.localhub import LocalHub
 from medmim.mirror import mirror
 from medmim.publish import save_with_golden
-from medmim.remote import HubAccess, Repository
+from medmim.remote import Repository
 from medmim.verify import Check, installed, models_in, verify
 
 REPO = "org/tiny.fake"

@@ -323,6 +323,24 @@ def test_a_segmenter_from_a_fine_tuned_model_prepares_scans_as_that_one(kind, tm
     assert medmim.create_segmenter(stored, "linear", num_classes=2, pretrained=True, volume=other).spec.volume == other
 
 
+@pytest.mark.parametrize("decoder", ["light", None])
+def test_a_model_for_a_task_that_is_built_anew_started_from_no_weights(decoder, tmp_path):
+    save_tiny(tmp_path / "encoder")
+    name = f"local-dir:{tmp_path / 'encoder'}"
+    if decoder is not None:
+        tuned = medmim.create_segmenter(name, decoder, classes=CLASSES, pretrained=True)
+    else:
+        tuned = medmim.create_model(name, pretrained=True, num_classes=3)
+        medmim.name_classes(tuned, CLASSES)
+    saved = medmim.save_pretrained(tuned, tmp_path / "tuned")
+    assert saved.task.origin is not None
+    stored, file = f"local-dir:{tmp_path / 'tuned'}", tmp_path / "tuned" / "model.safetensors"
+    for model in (medmim.create_model(stored), medmim.create_model(stored, checkpoint_path=file)):
+        anew = medmim.save_pretrained(model, tmp_path / "anew")
+        assert (anew.weights, anew.task.origin, anew.task.classes) == (None, None, CLASSES)
+    assert medmim.create_model(stored, pretrained=True).spec.task == saved.task
+
+
 def test_a_segmenter_that_was_saved_without_a_record_hands_its_preprocessing_on(tmp_path):
     volume = VolumeSpec(intensity={"PET": ZScore()})
     medmim.save_pretrained(tiny_segmenter("vit_t_mae3d", "light", volume=volume), tmp_path)

@@ -12,12 +12,13 @@ from math import inf
 from pathlib import Path
 
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
 
 from hubdouble import HubDouble
 from medmim import transport as fetching
+from medmim.access import HubAccess
 from medmim.errors import WeightsError
-from medmim.remote import HubAccess, Repository
+from medmim.remote import Repository
 from medmim.spec import FileSpec
 
 REPO, CONFIG, MODEL = "org/model", "config.json", "model.safetensors"
@@ -102,6 +103,71 @@ def test_an_etag_that_is_a_plain_sha1(place, double):
     assert place.find(CONFIG).read_bytes() == b"{}"
 
 
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag", "X-Repo-Commit"])
+@pytest.mark.parametrize("name", ["{outside}", "..", "a/../../../../x", r"..\..\x", r"C:\x", r"\x"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_no_answer_names_a_file_outside_of_the_cache(header, name, first, place, double, tmp_path):
+    """A hub may answer the client's own question, the second one, otherwise than the first."""
+    value = name.format(outside=tmp_path / "outside")
+    lie = {header: value if header == "X-Repo-Commit" else f'"{value}"'}
+    for revision in (place.revision, "main"):
+        double.fault("HEAD", "resolve-cache", times=first, headers={})
+        double.fault("HEAD", "resolve-cache", times=inf, headers=lie)
+        with pytest.raises(WeightsError, match=f"{header} of the answer names a file outside of the cache; set HF_E"):
+            replace(place, revision=revision).find(CONFIG)
+        double.heal()
+    assert {path.name for path in tmp_path.iterdir()} <= {"folder", "cache"}
+    assert place.find(CONFIG).read_bytes() == b"{}"
+
+
+def test_no_answer_notes_a_missing_file_outside_of_the_cache(place, double, tmp_path):
+    lie = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": str(tmp_path / "outside")}
+    double.fault("HEAD", "", times=inf, status=404, headers=lie)
+    with pytest.raises(WeightsError, match="X-Repo-Commit of the answer names a file outside of the cache"):
+        place.find("other.json")
+    assert not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize(("host", "kept"), [("huggingface.co", False), ("mirror.example.org", True)])
+def test_the_password_of_a_mirror_is_kept_from_the_hub(host, kept, place):
+    place.find(CONFIG)
+    session = get_session()
+    request = session.build_request("GET", f"https://{host}/x", headers={"authorization": "Basic bWU6aHVudGVyMg=="})
+    for hook in session.event_hooks["request"]:
+        hook(request)
+    assert ("authorization" in request.headers) is kept
+
+
+@pytest.mark.parametrize("etag", ['W/"abc"', '"a/b+c=="', '"a..b"'])
+def test_other_etags_are_let_through(etag, place, double):
+    double.fault("HEAD", "resolve-cache", times=inf, headers={"ETag": etag})
+    assert place.find(CONFIG).read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [({}, bytes(30_000_000)), ({"Transfer-Encoding": "chunked"}, (b"100000\r\n" + bytes(2**20) + b"\r\n") * 30)],
+    ids=["long", "endless"],
+)
+@pytest.mark.parametrize("damaged", [False, True])
+def test_no_more_is_taken_than_the_file_has(headers, body, damaged, place, double, content, record, monkeypatch):
+    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: None)
+    if damaged:
+        place.fetch(record).resolve().write_bytes(bytes(len(content)))
+    double.fault("GET", "^/objects/", times=inf, status=200, headers=headers, body=body)
+    with pytest.raises(WeightsError, match="the answer is longer than the file, which has 300000 bytes"):
+        place.fetch(record)
+    assert all(path.stat().st_size <= 300_000 for path in place.access.cache_dir.rglob("*"))
+    double.heal()
+    assert place.fetch(record).read_bytes() == content
+
+
+def test_no_wait_is_too_long_to_be_read(place, double):
+    double.fault("*", "", times=inf, status=429, headers={"Retry-After": "9" * 5000})
+    with pytest.raises(WeightsError, match="too many requests; try again in 999999999 seconds"):
+        place.find(CONFIG)
+
+
 def test_a_file_that_a_commit_lacks_is_asked_for_once(place, double):
     assert place.find("model.safetensors.index.json") is None
     assert double.asked()
@@ -131,7 +197,8 @@ def test_patience_is_what_the_client_was_told(place, double, record, monkeypatch
 FETCH = """
 import sys
 import huggingface_hub.file_download
-from medmim.remote import HubAccess, Repository
+from medmim.access import HubAccess
+from medmim.remote import Repository
 from medmim.spec import FileSpec
 endpoint, cache, commit, sha256, size = sys.argv[1:]
 print("ready", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -59,7 +60,7 @@ def verify(
     from medmim.verify import verify as check
 
     checks, faults, unknown = 0, 0, 0
-    names = [models_in(source) if Path(source).is_dir() else [source] for source in sources or installed()]
+    names = [models_in(source) if os.path.isdir(source) else [source] for source in sources or installed()]
     for name in chain.from_iterable(names):
         try:
             for found in check(name):
