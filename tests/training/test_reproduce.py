@@ -112,6 +112,14 @@ def test_another_setting_is_another_run(experiment, runs):
     assert moved == {mae.id} | {run.id for run in runs if getattr(run, "start", None) is mae}
 
 
+@pytest.mark.parametrize("path", sorted(experiment_folder().glob("*.yaml")), ids=lambda path: path.stem)
+def test_packaged_experiments_can_be_planned(path):
+    experiment = load_experiment(path.stem)
+    assert experiment.name == path.stem
+    wanted = {(name, row) for name, table in experiment.tables.items() for row in table.rows}
+    assert {row for run in plan_runs(experiment) for row in getattr(run, "rows", ())} == wanted
+
+
 def test_only_some_tables(runs):
     chosen = needed_for(runs, ["spacing"])
     assert {run.id for run in chosen if isinstance(run, PretrainingRun)} == {
