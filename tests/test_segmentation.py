@@ -222,6 +222,23 @@ def test_the_mask_has_both_forms_of_the_geometry_of_a_nifti_scan(tmp_path, sform
         np.testing.assert_allclose(getattr(mask, part)(), getattr(scan, part)(), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("unit", "mm"), [("meter", 1000), ("micron", 0.001)])
+def test_the_mask_of_a_scan_in_another_unit_has_that_unit(tmp_path, unit, mm):
+    write_scan(tmp_path / "scan.nii", (20, 24, 22), spacing=(2 / mm, 2 / mm, 3 / mm))
+    scan = nib.load(tmp_path / "scan.nii")
+    scan.header.set_xyzt_units(unit)
+    scan.to_filename(tmp_path / "scan.nii.gz")
+    result = segment(Thresholds().eval(), tmp_path / "scan.nii.gz")
+    result.save(tmp_path / "mask.nii.gz")
+    assert sum(result.millilitres.values()) == pytest.approx(np.count_nonzero(result.labels) * 12 / 1000)
+    written = nib.load(tmp_path / "mask.nii.gz")
+    np.testing.assert_allclose(written.affine, scan.affine)
+    sizes = [sitk.ReadImage(str(tmp_path / name)).GetSpacing() for name in ("scan.nii.gz", "mask.nii.gz")]
+    assert sizes[0] == sizes[1] == pytest.approx((2, 2, 3))
+    again = read_segmentation(tmp_path / "mask.nii.gz", CLASSES, scan=tmp_path / "scan.nii.gz")
+    np.testing.assert_allclose(again.affine, result.affine)
+
+
 def test_a_volume_in_memory_is_segmented_too():
     array, affine = grid_of("RAS", (2.0, 2.0, 2.0))
     labels = segment(Thresholds(), Volume(array[None], affine)).labels
