@@ -41,6 +41,8 @@ NIFTI_UNITS, MM = 7, {1: 1e3, 3: 1e-3}  # bits of `xyzt_units` for space, and of
 
 SPACING = 1e-6, 1e6  # mm; a header with less or more in it is broken, and numbers computed from it would overflow
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)  # what networks compute in
+
 HEADER_BYTES = 1_000_000  # of NRRD and MetaImage, in which they may name another file
 NRRD_FIELD = 500  # characters of a field in its header; three vectors in full precision have 230
 
@@ -224,16 +226,14 @@ def _check_array(array: np.ndarray, name: str) -> None:
         raise ScanError(f"{name}: holds complex numbers ({array.dtype}); save the magnitude as a new file")
     if array.dtype.kind not in "iufb":
         raise ScanError(f"{name}: holds colours or records ({array.dtype}), not one value a voxel; convert it to grey")
-    if array.dtype.kind == "f":
-        # The sum is finite unless some voxel is not (or it overflows), and needs no array of booleans.
-        with np.errstate(over="ignore", invalid="ignore"):
-            suspicious = not np.isfinite(array.sum(dtype=np.float64))
-        broken = array.size - np.count_nonzero(np.isfinite(array)) if suspicious else 0
-        if broken:
-            raise ScanError(
-                f"{name}: {broken} of {array.size} voxels are NaN or infinite; replace them, for example by the "
-                "background value, and save the scan again"
-            )
+    # Smallest and largest are NaN where a voxel is, and need no array of booleans.
+    if array.dtype.kind == "f" and not (float(array.min()) >= -FLOAT32_MAX and float(array.max()) <= FLOAT32_MAX):
+        with np.errstate(over="ignore"):
+            broken = array.size - np.count_nonzero(np.isfinite(array.astype(np.float32)))
+        raise ScanError(
+            f"{name}: {broken} of {array.size} voxels are NaN or infinite in float32; replace them, for example by "
+            "the background value, and save the scan again"
+        )
 
 
 def _check_affine(affine: np.ndarray, name: str) -> None:

@@ -208,6 +208,12 @@ def not_a_number(folder):
     return save_nifti(folder / "scan.nii.gz", array)
 
 
+def beyond_float32(folder):
+    array = voxels().astype(np.float64)
+    array[3:5, 0, 0] = 1e300, -1e300
+    return save_nifti(folder / "scan.nii.gz", array)
+
+
 def complex_numbers(folder):
     return save_nifti(folder / "scan.nii", voxels().astype(np.complex64))
 
@@ -328,6 +334,7 @@ BROKEN = {
     single_slice: "single slice",
     plane: "2 axes .* 3-D scan",
     not_a_number: "3 of 756 voxels are NaN or infinite",
+    beyond_float32: "2 of 756 voxels are NaN or infinite",
     complex_numbers: "complex numbers",
     nifti_colours: "colours",
     zero_spacing: "voxel spacing 1 x 0 x 1 mm",
@@ -391,6 +398,16 @@ def test_scan_that_may_not_be_read_is_refused(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(ScanError, match=r"scan.*: cannot be read"):
         load_volume(path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_one_voxel_that_is_no_number_is_enough(dtype, value):
+    array = np.ones((1, *SHAPE), dtype)
+    Volume(array, np.eye(4))
+    array[0, 1, 2, 3] = value
+    with pytest.raises(ScanError, match="1 of 756 voxels"):
+        Volume(array, np.eye(4))
 
 
 def test_volume_made_by_hand_is_checked():
