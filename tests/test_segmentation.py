@@ -348,7 +348,7 @@ def test_a_scan_is_never_taken_for_a_mask(call, segmenter, scans, tmp_path, monk
     for arguments, message in (
         ((scans / "a.nii.gz", "-o", scans), f"{scans / 'a.nii.gz'}: is a scan"),
         ((scans / "a.nii.gz", "-o", link), f"{link / 'a.nii.gz'}: is a scan"),
-        (("a.nii.gz", "-o", "."), "a.nii.gz: is a scan, and a mask would go there; choose another output than ."),
+        (("a.nii.gz", "-o", "."), "a.nii.gz: is a scan, and the output would go there; choose another one than ."),
         ((scans, "-o", scans), f"{scans}: is or holds the folder of scans {scans}; choose an output of its own"),
         ((scans / "inner", "-o", "."), ".: is or holds the folder of scans"),
         ((link, "-o", tmp_path), f"{tmp_path}: is or holds the folder of scans {link}"),
