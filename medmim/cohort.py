@@ -151,7 +151,7 @@ class ScanTable:
             SpecError: When a row with the name of a scan is of another one.
         """
         for name, scan in named.items():
-            if name in self.rows and self.rows[name][-2] != _file(scan):
+            if name in self.rows and self.rows[name][-2] != file_of(scan):
                 raise SpecError(
                     f"{self.path}: its row {name} is of another scan, {self.rows[name][-2]}, and not of {scan}; choose "
                     "another output, or where the scan was moved, correct the row"
@@ -160,11 +160,12 @@ class ScanTable:
 
     def add(self, name: str, scan: Path, values: Iterable[float]) -> None:
         """Adds the row of a scan, or replaces it."""
-        self.rows[name] = [*(f"{value:.6g}" for value in values), _file(scan), self.model]
+        self.rows[name] = [*(f"{value:.6g}" for value in values), file_of(scan), self.model]
         write_csv(self.path, self.header, ([each, *row] for each, row in self.rows.items()))
 
 
-def _file(scan: Path) -> str:
+def file_of(scan: Path) -> str:
+    """What an output says of the file that it is of, wherever the command was run."""
     return printable(str(_absolute(scan)))
 
 

@@ -36,6 +36,8 @@ MODALITIES = {"PT": "PET"}  # of DICOM, whose names for others are those used he
 
 # Slice distances are written with few decimals; a missing slice is off by 100 %.
 SLICE_TOLERANCE = 0.1
+SPACING_TOLERANCE = 1e-3  # from pixel to pixel: half of a pixel over a slice of 512
+SHIFT_TOLERANCE = 0.5  # of a pixel, along the slices
 
 # Elements that are read; others are passed over.
 SERIES_UID = 0x0020000E
@@ -154,7 +156,11 @@ def _series(folder: Path) -> tuple[dict[str, dict[Path, Dataset]], dict[str, Sca
     series: dict[str, dict[Path, Dataset]] = {}
     damaged: dict[str, ScanError] = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and _is_dicom(path):
+        if path.name.startswith("."):
+            continue
+        if path.name.lower().endswith(DICOM_SUFFIX) and not path.exists():
+            damaged.setdefault("", ScanError(f"{path}: a link to a file that is not there; copy or export it again"))
+        elif path.is_file() and _is_dicom(path):
             try:
                 header = _header(path)
                 if _is_image(header, path):
@@ -239,6 +245,8 @@ def _check_pixels(files: dict[Path, Dataset], path: Path) -> None:
     samples = max(int(header.get("SamplesPerPixel") or 1) for header in headers)
     if samples > 1:
         raise ScanError(f"{path}: holds {samples} values a voxel (colour); give a scan")
+    if any(header.get("PhotometricInterpretation") == "PALETTE COLOR" for header in headers):
+        raise ScanError(f"{path}: holds numbers of colours (a palette), not one value a voxel; give a scan")
     sizes = {(int(header.Rows), int(header.Columns)) for header in headers}
     if len(sizes) > 1:
         raise ScanError(f"{path}: its slices have different sizes; give the files of one 3-D series")
@@ -295,6 +303,8 @@ def _in_order(slices: list[_Slice], path: Path) -> tuple[list[_Slice], np.ndarra
         raise ScanError(
             f"{path}: its slices have different orientations (a localiser?); give a series of parallel slices"
         )
+    if not all(np.allclose(piece.spacing, first.spacing, rtol=SPACING_TOLERANCE) for piece in slices):
+        raise ScanError(f"{path}: its slices have different pixel spacing; give the files of one 3-D series")
     columns, rows = first.orientation[:3], first.orientation[3:]
     normal = np.cross(columns, rows)
     slices = sorted(slices, key=lambda piece: piece.position @ normal)
@@ -304,6 +314,7 @@ def _in_order(slices: list[_Slice], path: Path) -> tuple[list[_Slice], np.ndarra
         _check_gaps(slices, normal, path)
         # The positions say where slices are, which with gantry tilt is not along the normal.
         step = (last.position - first.position) / (len(slices) - 1)
+        _check_straight(slices, step, normal, path)
     affine = np.eye(4)
     affine[:3] = np.stack([columns * first.spacing[1], rows * first.spacing[0], step, first.position], axis=1)
     return slices, affine
@@ -321,6 +332,19 @@ def _check_gaps(slices: list[_Slice], normal: np.ndarray, path: Path) -> None:
         raise ScanError(
             f"{path}: slices are not evenly spaced: {gaps[wrong[0]]:.4g} mm after {slices[wrong[0]].file.name}, "
             f"{typical:.4g} mm elsewhere; export the complete series, or resample it to even spacing"
+        )
+
+
+def _check_straight(slices: list[_Slice], step: np.ndarray, normal: np.ndarray, path: Path) -> None:
+    """Refuses slices that are shifted along themselves, as of two stacks: no one affine says where they lie."""
+    line = slices[0].position + np.arange(len(slices))[:, None] * step
+    off = np.array([piece.position for piece in slices]) - line  # (slices, 3) mm
+    shifts = np.linalg.norm(off - np.outer(off @ normal, normal), axis=1)
+    most = int(shifts.argmax())
+    if shifts[most] > SHIFT_TOLERANCE * slices[0].spacing.max():
+        raise ScanError(
+            f"{path}: its slices are no straight stack: {slices[most].file.name} lies {shifts[most]:.4g} mm beside the "
+            "line from the first to the last; give the files of one 3-D volume"
         )
 
 

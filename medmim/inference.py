@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
 from torch import Tensor, nn
 
-from medmim.errors import ScanError, SpecError
+from medmim.errors import ScanError, SpecError, printable
 from medmim.files import atomic_write
 from medmim.heads.segmenter import Segmenter
 from medmim.layers.tokens import Size
@@ -205,7 +205,7 @@ def save_embeddings(path: str | Path, embeddings: Mapping[str, Embedding]) -> No
     tensors, metadata = {}, {}
     for name, embedding in embeddings.items():
         tensors |= {f"{name}/{part}": getattr(embedding, part) for part in ("features", "pooled", "affine")}
-        metadata |= {"model": embedding.model, f"{name}/scan": embedding.scan}
+        metadata |= {"model": embedding.model, f"{name}/scan": printable(embedding.scan)}
     with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -213,12 +213,14 @@ def save_embeddings(path: str | Path, embeddings: Mapping[str, Embedding]) -> No
             raise OSError(f"{path}: {error}") from None
 
 
-def check_embeddings(path: Path, model: str) -> None:
-    """Refuses a file that is not of `save_embeddings`, or of another model.
+def check_embeddings(path: Path, *, name: str, scan: str, model: str) -> None:
+    """Refuses a file that is not of `save_embeddings`, or of another model or scan.
 
     Args:
         path: The file.
-        model: What its embeddings must say that they are of.
+        name: Of the embedding that it must have.
+        scan: What that must say that it is of.
+        model: Likewise.
 
     Raises:
         ScanError: Saying so.
@@ -227,13 +229,18 @@ def check_embeddings(path: Path, model: str) -> None:
 
     try:
         with safe_open(path, framework="np") as file:
-            theirs = (file.metadata() or {}).get("model")
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ScanError(
             f"{path}: not a whole safetensors file ({error}); delete it, and embed the scan again"
         ) from None
-    if theirs != model:
+    if (theirs := metadata.get("model")) != model:
         raise ScanError(f"{path}: is of {theirs or 'an unknown model'}, not of {model}; choose another output")
+    if (theirs := metadata.get(f"{name}/scan")) != scan:
+        raise ScanError(
+            f"{path}: is of {theirs or 'an unknown scan'}, not of {scan}; choose another output, or where the scan was "
+            "moved, delete the file"
+        )
 
 
 def _encoder(model: nn.Module) -> nn.Module:

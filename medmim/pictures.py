@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
+from medmim.errors import printable
 from medmim.files import atomic_write
 from medmim.reconstruction import Reconstruction
 
@@ -151,7 +152,8 @@ def _canvas(extents: list[tuple[float, float]], columns: Sequence[str], title: s
     for panel, name in zip(axes[0], columns, strict=True):
         panel.set_title(name, color=INK, fontsize=11)
     if title:
-        figure.suptitle(title, color=INK, fontsize=12)
+        # Names of files may have any characters: also two dollars, or what is no text.
+        figure.suptitle(printable(title, keep="\n"), color=INK, fontsize=12, parse_math=False)
     return figure, axes, figure.add_subplot(grid[1, -1])
 
 

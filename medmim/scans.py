@@ -14,7 +14,7 @@ from nibabel.spatialimages import SpatialImage
 from torch import Tensor, bfloat16
 
 from medmim.errors import ScanError
-from medmim.volumes import LPS_TO_RAS, Volume, load_volume, one_line
+from medmim.volumes import LPS_TO_RAS, Volume, affine_in_mm, load_volume, one_line
 
 Scan = str | PathLike | Sequence[str | PathLike] | Volume | np.ndarray | Tensor | SpatialImage
 
@@ -79,7 +79,7 @@ def _of_image(image: SpatialImage) -> Volume:
         array = _values(image)
     except (OSError, EOFError, ValueError, zlib.error) as error:  # of a file, which nibabel reads only now
         raise ScanError(f"{name}: cannot be read ({one_line(error)}); copy or export it again") from None
-    return Volume(array.reshape(image.shape[:3])[None], image.affine, Path(path) if path else None)
+    return Volume(array.reshape(image.shape[:3])[None], affine_in_mm(image), Path(path) if path else None)
 
 
 def _values(image: SpatialImage) -> np.ndarray:

@@ -23,7 +23,7 @@ from medmim.heads.segmenter import Segmenter
 from medmim.inference import evaluating
 from medmim.scans import AFFINE_TOLERANCE
 from medmim.transforms import create_transform
-from medmim.volumes import load_volume, nifti_header, times
+from medmim.volumes import header_affine, load_volume, nifti_header, times
 from medmim.windows import cover, covering_grid, crop_window, to_voxels
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Segmentation:
         """
         image = nib.Nifti1Image(self.labels, self.affine)
         theirs = nifti_header(self.scan) if self.scan is not None else None
-        if theirs is not None and np.allclose(theirs.get_best_affine(), self.affine):
+        if theirs is not None and np.allclose(header_affine(theirs), self.affine):
             header = nib.Nifti1Header()
             header.set_data_dtype(self.labels.dtype)
             for field in GEOMETRY:
@@ -119,7 +119,7 @@ def read_segmentation(
         raise ScanError(
             f"{path}: has {times(labels.shape)} voxels, and the scan {times(theirs.get_data_shape()[:3])}; {cure}"
         )
-    if theirs is not None and not np.allclose(volume.affine, theirs.get_best_affine(), atol=AFFINE_TOLERANCE):
+    if theirs is not None and not np.allclose(volume.affine, header_affine(theirs), atol=AFFINE_TOLERANCE):
         raise ScanError(f"{path}: lies elsewhere than the scan; {cure}")
     if labels.min() < 0 or labels.max() >= len(classes) or (labels.dtype.kind == "f" and (labels % 1).any()):
         raise ScanError(f"{path}: its values are not the labels 0 to {len(classes) - 1} of a mask; {cure}")

@@ -26,6 +26,7 @@ from medmim.limits import DEFLATION, VOXELS
 if TYPE_CHECKING:
     import nibabel as nib
     import SimpleITK as sitk
+    from nibabel.spatialimages import SpatialHeader, SpatialImage
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -36,7 +37,11 @@ LOOKS = 5  # files of other names in a folder that are opened to see whether the
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
+NIFTI_UNITS, MM = 7, {1: 1e3, 3: 1e-3}  # bits of `xyzt_units` for space, and of metres and micrometres, how many mm
+
 SPACING = 1e-6, 1e6  # mm; a header with less or more in it is broken, and numbers computed from it would overflow
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)  # what networks compute in
 
 HEADER_BYTES = 1_000_000  # of NRRD and MetaImage, in which they may name another file
 NRRD_FIELD = 500  # characters of a field in its header; three vectors in full precision have 230
@@ -139,24 +144,31 @@ def find_scans(folder: str | Path) -> list[Path]:
     puts such a file beside each scan on a disk of another system.
     """
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder):
+    unlisted: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=unlisted.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-        found += [path for path in files if path.name.lower().endswith(SCAN_SUFFIXES) and path.is_file()]
+        found += [path for path in files if path.name.lower().endswith(SCAN_SUFFIXES) and _is_file_or_lost(path)]
         if _holds_slices([path for path in files if not path.name.lower().endswith(SCAN_SUFFIXES)]):
             found.append(Path(parent))
-    return sorted(found)
+    # What reads a folder that may not be listed says so.
+    return sorted(found + [Path(error.filename) for error in unlisted if isinstance(error, PermissionError)])
 
 
 def _holds_slices(files: list[Path]) -> bool:
     """Whether DICOM slices are among the files of a folder, which have no suffix of another scan."""
-    if any(path.name.lower().endswith(DICOM_SUFFIX) and path.is_file() for path in files):
+    if any(path.name.lower().endswith(DICOM_SUFFIX) and _is_file_or_lost(path) for path in files):
         return True
     # An index, which starts as slices do, may stand in a folder that has none.
     files = [path for path in files if path.name.upper() != "DICOMDIR"]
     looks = min(LOOKS, len(files))
     # From all over the list, so that notes beside the slices do not decide.
     return any(_starts_as_dicom(files[i * len(files) // looks]) for i in range(looks))
+
+
+def _is_file_or_lost(path: Path) -> bool:
+    """Whether a name stands for a file, or for a link to one that is not there: what reads that says so."""
+    return path.is_file() or not path.exists()
 
 
 def _starts_as_dicom(path: Path) -> bool:
@@ -214,16 +226,14 @@ def _check_array(array: np.ndarray, name: str) -> None:
         raise ScanError(f"{name}: holds complex numbers ({array.dtype}); save the magnitude as a new file")
     if array.dtype.kind not in "iufb":
         raise ScanError(f"{name}: holds colours or records ({array.dtype}), not one value a voxel; convert it to grey")
-    if array.dtype.kind == "f":
-        # The sum is finite unless some voxel is not (or it overflows), and needs no array of booleans.
-        with np.errstate(over="ignore", invalid="ignore"):
-            suspicious = not np.isfinite(array.sum(dtype=np.float64))
-        broken = array.size - np.count_nonzero(np.isfinite(array)) if suspicious else 0
-        if broken:
-            raise ScanError(
-                f"{name}: {broken} of {array.size} voxels are NaN or infinite; replace them, for example by the "
-                "background value, and save the scan again"
-            )
+    # Smallest and largest are NaN where a voxel is, and need no array of booleans.
+    if array.dtype.kind == "f" and not (float(array.min()) >= -FLOAT32_MAX and float(array.max()) <= FLOAT32_MAX):
+        with np.errstate(over="ignore"):
+            broken = array.size - np.count_nonzero(np.isfinite(array.astype(np.float32)))
+        raise ScanError(
+            f"{name}: {broken} of {array.size} voxels are NaN or infinite in float32; replace them, for example by "
+            "the background value, and save the scan again"
+        )
 
 
 def _check_affine(affine: np.ndarray, name: str) -> None:
@@ -267,7 +277,26 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise
         raise ScanError(f"{path}: cannot be read as NIfTI ({one_line(error)}); copy or export it again") from None
     # (D, H, W, 1, ...) -> (D, H, W)
-    return array.reshape(array.shape[:3]) if array.ndim > 3 else array, image.affine
+    return array.reshape(array.shape[:3]) if array.ndim > 3 else array, affine_in_mm(image)
+
+
+def affine_in_mm(image: SpatialImage) -> np.ndarray:
+    """The affine of a nibabel image (4, 4); that of NIfTI is in the unit of its header, which nibabel passes over."""
+    return _in_mm(image.affine, image.header)
+
+
+def header_affine(header: nib.Nifti1Header) -> np.ndarray:
+    """The affine that a NIfTI header gives its image, (4, 4) in mm."""
+    return _in_mm(header.get_best_affine(), header)
+
+
+def _in_mm(affine: np.ndarray, header: SpatialHeader) -> np.ndarray:
+    import nibabel as nib
+
+    if not isinstance(header, nib.Nifti1Header):
+        return affine
+    scale = MM.get(int(header["xyzt_units"]) & NIFTI_UNITS, 1.0)
+    return np.diag([scale, scale, scale, 1.0]) @ affine
 
 
 def _nifti_class(path: Path) -> type[nib.Nifti1Image]:
@@ -337,6 +366,8 @@ def _itk(path: Path, format_name: str) -> Iterator[None]:
 def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK as sitk
 
+    if not _is_text(path):  # SimpleITK would end the process
+        raise ScanError(f"{path}: its path is not text in UTF-8, as ITK needs it; rename it")
     format_name = "NRRD" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImage"
     data = _data_file(path, format_name)
     with _itk(path, format_name):
@@ -357,8 +388,11 @@ def _data_file(path: Path, format_name: str) -> Path:
     Raises:
         ScanError: When they are in several files, or in one elsewhere, which a header from a stranger must not name.
     """
-    with open(path, "rb") as file:
-        header = file.read(HEADER_BYTES)
+    try:
+        with open(path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+    except OSError as error:  # of a user who may not read it
+        raise ScanError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     if format_name == "NRRD":
         header = re.split(rb"\r?\n\r?\n", header, maxsplit=1)[0]
         for line in header.splitlines():
@@ -382,6 +416,14 @@ def _data_file(path: Path, format_name: str) -> Path:
         if not is_file:
             raise ScanError(f"{path}: the file with its voxels is missing ({text}); copy it beside it")
     return data
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_components(reader: sitk.ImageFileReader, path: Path) -> None:

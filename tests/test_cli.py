@@ -314,6 +314,33 @@ def test_embed_adds_to_no_folder_of_another_model(call, model, tmp_path):
     assert "scan.safetensors: not a whole safetensors file (" in call("embed", scan, "-o", output, "-m", model)[2]
 
 
+def test_embed_takes_no_scan_of_one_name_for_another(call, model, tmp_path, monkeypatch):
+    for site in ("siteA", "siteB"):
+        (tmp_path / site).mkdir()
+        scan_file(tmp_path / site)
+    output = tmp_path / "features"
+    monkeypatch.chdir(tmp_path)
+    assert call("embed", "siteA", "-o", output, "-m", model)[0] == 0
+    code, out, err = call("embed", "siteB", "-o", output, "-m", model)
+    ours, theirs = (tmp_path / site / "scan.nii.gz" for site in ("siteB", "siteA"))
+    assert (code, out) == (1, "")
+    assert f"scan.safetensors: is of {theirs}, not of {ours}; choose another output" in err
+    monkeypatch.chdir(tmp_path / "siteA")  # the same scan, spelled in another way
+    assert call("embed", "scan.nii.gz", "-o", output, "-m", model)[:2] == (
+        0,
+        f"{output}: 0 of 0 scans, 1 were there already\n",
+    )
+
+
+@pytest.mark.parametrize("output", ["features", "features.safetensors"])
+def test_embed_of_a_file_whose_name_is_no_text(call, model, tmp_path, output):
+    scan = scan_file(tmp_path, os.fsdecode(b"\xff.nii.gz"))
+    assert call("embed", scan, "-o", tmp_path / output, "-m", model)[0] == 0
+    file = tmp_path / output if "." in output else tmp_path / output / "\\udcff.safetensors"
+    with safe_open(file, "np") as embedded:
+        assert embedded.metadata()["\\udcff/scan"] == f"{tmp_path}/\\udcff.nii.gz"
+
+
 # --- push, mirror, verify ---------------------------------------------------------------------------------------------
 
 

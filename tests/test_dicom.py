@@ -199,9 +199,43 @@ def colour(folder):
     return stack(folder / "series", EXAMPLES / "SC_rgb_jpeg_gdcm.dcm")
 
 
+def a_palette(folder):
+    return stack(folder / "series", EXAMPLES / "examples_palette.dcm")
+
+
 def a_photograph(folder):
-    shutil.copy(EXAMPLES / "examples_palette.dcm", folder)
-    return folder / "examples_palette.dcm"
+    data = pydicom.dcmread(EXAMPLES / "MR_small.dcm")
+    del data.ImagePositionPatient
+    data.save_as(folder / "photograph.dcm")
+    return folder / "photograph.dcm"
+
+
+def changed_from_the_fourth_on(folder, change):
+    """A series in which slices are changed, the others are as they were."""
+    series = stack(folder / "series", EXAMPLES / "MR_small.dcm", slices=6)
+    for k in range(3, 6):
+        data = pydicom.dcmread(series / f"{k}.dcm")
+        change(data)
+        data.save_as(series / f"{k}.dcm")
+    return series
+
+
+def of_two_pixel_spacings(folder):
+    return changed_from_the_fourth_on(folder, lambda data: setattr(data, "PixelSpacing", [1.5, 0.55]))
+
+
+def of_two_stacks(folder):
+    def shift(data):
+        data.ImagePositionPatient[0] = 40
+
+    return changed_from_the_fourth_on(folder, shift)
+
+
+def without_a_slice_at_the_end(folder):
+    series = stack(folder / "series", EXAMPLES / "MR_small.dcm", slices=4)
+    (series / "3.dcm").unlink()
+    (series / "3.dcm").symlink_to("nowhere")
+    return series
 
 
 def more_frames_than_places(folder):
@@ -255,6 +289,10 @@ REFUSED = {
     deflated: "deflated",
     of_two_sizes: "different sizes",
     colour: "3 values a voxel",
+    a_palette: "a palette",
+    of_two_pixel_spacings: "different pixel spacing",
+    of_two_stacks: r"no straight stack: 2\.dcm lies 16 mm beside",
+    without_a_slice_at_the_end: r"3\.dcm: a link to a file that is not there",
     a_photograph: "does not say where its slices lie",
     more_frames_than_places: "does not say where its slices lie",
     cut_short: "cannot be read as DICOM",

@@ -288,3 +288,10 @@ def test_picture_of_a_constant_volume(tmp_path):
     volume = torch.zeros(1, 8, 8, 8)
     reconstruction_picture(Reconstruction(volume, volume[0] > 0, volume), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize("title", ["scan$_$1", "no text: \udcff", "two\nlines"])
+def test_any_name_may_stand_above_a_picture(tmp_path, title):
+    volume = make_volume((8, 8, 8))
+    reconstruction_picture(Reconstruction(volume, volume[0] > 0.5, volume), tmp_path / "picture.png", title=title)
+    assert (tmp_path / "picture.png").exists()

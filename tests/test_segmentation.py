@@ -222,6 +222,23 @@ def test_the_mask_has_both_forms_of_the_geometry_of_a_nifti_scan(tmp_path, sform
         np.testing.assert_allclose(getattr(mask, part)(), getattr(scan, part)(), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("unit", "mm"), [("meter", 1000), ("micron", 0.001)])
+def test_the_mask_of_a_scan_in_another_unit_has_that_unit(tmp_path, unit, mm):
+    write_scan(tmp_path / "scan.nii", (20, 24, 22), spacing=(2 / mm, 2 / mm, 3 / mm))
+    scan = nib.load(tmp_path / "scan.nii")
+    scan.header.set_xyzt_units(unit)
+    scan.to_filename(tmp_path / "scan.nii.gz")
+    result = segment(Thresholds().eval(), tmp_path / "scan.nii.gz")
+    result.save(tmp_path / "mask.nii.gz")
+    assert sum(result.millilitres.values()) == pytest.approx(np.count_nonzero(result.labels) * 12 / 1000)
+    written = nib.load(tmp_path / "mask.nii.gz")
+    np.testing.assert_allclose(written.affine, scan.affine)
+    sizes = [sitk.ReadImage(str(tmp_path / name)).GetSpacing() for name in ("scan.nii.gz", "mask.nii.gz")]
+    assert sizes[0] == sizes[1] == pytest.approx((2, 2, 3))
+    again = read_segmentation(tmp_path / "mask.nii.gz", CLASSES, scan=tmp_path / "scan.nii.gz")
+    np.testing.assert_allclose(again.affine, result.affine)
+
+
 def test_a_volume_in_memory_is_segmented_too():
     array, affine = grid_of("RAS", (2.0, 2.0, 2.0))
     labels = segment(Thresholds(), Volume(array[None], affine)).labels
@@ -331,7 +348,7 @@ def test_a_scan_is_never_taken_for_a_mask(call, segmenter, scans, tmp_path, monk
     for arguments, message in (
         ((scans / "a.nii.gz", "-o", scans), f"{scans / 'a.nii.gz'}: is a scan"),
         ((scans / "a.nii.gz", "-o", link), f"{link / 'a.nii.gz'}: is a scan"),
-        (("a.nii.gz", "-o", "."), "a.nii.gz: is a scan, and a mask would go there; choose another output than ."),
+        (("a.nii.gz", "-o", "."), "a.nii.gz: is a scan, and the output would go there; choose another one than ."),
         ((scans, "-o", scans), f"{scans}: is or holds the folder of scans {scans}; choose an output of its own"),
         ((scans / "inner", "-o", "."), ".: is or holds the folder of scans"),
         ((link, "-o", tmp_path), f"{tmp_path}: is or holds the folder of scans {link}"),

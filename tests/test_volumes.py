@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +16,7 @@ import SimpleITK as sitk
 
 from medmim import volumes
 from medmim.errors import ScanError
+from medmim.scans import as_volume
 from medmim.volumes import Volume, find_scans, load_volume
 from scans import SHAPE, SPACING, itk_image, rotated_affine, save_nifti, voxels, write_dicom
 
@@ -57,6 +59,19 @@ def test_big_endian_is_read(tmp_path):
     np.testing.assert_array_equal(load_volume(tmp_path / "scan.nii").array[0], voxels())
 
 
+@pytest.mark.parametrize(("unit", "mm"), [("meter", 1000), ("mm", 1), ("micron", 0.001), ("unknown", 1)])
+def test_nifti_in_any_unit_lies_where_itk_has_it(tmp_path, unit, mm):
+    image = nib.Nifti1Image(voxels(), rotated_affine())
+    image.header.set_xyzt_units(unit, "sec")
+    image.to_filename(tmp_path / "scan.nii")
+    expected = np.diag([mm, mm, mm, 1]) @ rotated_affine()
+    for volume in (load_volume(tmp_path / "scan.nii"), as_volume(nib.load(tmp_path / "scan.nii"), np.eye(4))):
+        np.testing.assert_allclose(volume.affine, expected, rtol=1e-5, atol=1e-5 * mm)
+        itk = sitk.ReadImage(str(tmp_path / "scan.nii"))
+        np.testing.assert_allclose(volume.spacing, itk.GetSpacing(), rtol=1e-5)
+        np.testing.assert_allclose(volume.affine[:3, 3] * [-1, -1, 1], itk.GetOrigin(), rtol=1e-5)
+
+
 # --- scans in a folder -----------------------------------------------------------------------------------------------
 
 
@@ -91,6 +106,39 @@ def test_few_files_are_opened_to_look_for_slices(tmp_path, monkeypatch):
     monkeypatch.setattr(volumes, "_starts_as_dicom", opened.append)
     assert find_scans(tmp_path) == []
     assert len(set(opened)) == volumes.LOOKS
+
+
+def test_what_is_lost_in_a_folder_is_found_and_refused(tmp_path):
+    """Links to files that were not copied, as git-annex leaves them, are no reason to do without a scan unheard."""
+    names = "a.nii.gz", "b.nrrd", "slices/1.dcm"
+    (tmp_path / "slices").mkdir()
+    for name in names:
+        (tmp_path / name).symlink_to("nowhere")
+    found = find_scans(tmp_path)
+    assert found == [tmp_path / "a.nii.gz", tmp_path / "b.nrrd", tmp_path / "slices"]
+    for scan, message in zip(found, ("no such file", "no such file", "not there"), strict=True):
+        with pytest.raises(ScanError, match=message):
+            load_volume(scan)
+
+
+def test_folder_that_may_not_be_listed_is_found_and_refused(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    save_nifti(tmp_path / "scan.nii", voxels())
+    scandir, listdir = os.scandir, os.listdir
+
+    def closed(call):
+        def guarded(path):
+            if Path(path).name == "closed":
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path)
+
+        return guarded
+
+    monkeypatch.setattr(os, "scandir", closed(scandir))
+    monkeypatch.setattr(os, "listdir", closed(listdir))
+    assert find_scans(tmp_path) == [tmp_path / "closed", tmp_path / "scan.nii"]
+    with pytest.raises(ScanError, match=r"closed: cannot be read as DICOM .*Permission denied"):
+        load_volume(tmp_path / "closed")
 
 
 # --- one sentence for every broken scan -------------------------------------------------------------------------------
@@ -157,6 +205,12 @@ def not_a_number(folder):
     array = voxels().astype(np.float32)
     array[3, 4, :2] = np.nan
     array[0, 0, 0] = np.inf
+    return save_nifti(folder / "scan.nii.gz", array)
+
+
+def beyond_float32(folder):
+    array = voxels().astype(np.float64)
+    array[3:5, 0, 0] = 1e300, -1e300
     return save_nifti(folder / "scan.nii.gz", array)
 
 
@@ -280,6 +334,7 @@ BROKEN = {
     single_slice: "single slice",
     plane: "2 axes .* 3-D scan",
     not_a_number: "3 of 756 voxels are NaN or infinite",
+    beyond_float32: "2 of 756 voxels are NaN or infinite",
     complex_numbers: "complex numbers",
     nifti_colours: "colours",
     zero_spacing: "voxel spacing 1 x 0 x 1 mm",
@@ -315,6 +370,44 @@ def test_broken_scan_is_one_sentence(tmp_path, make, capfd, caplog):
     assert not caplog.records
     if make is not truncated_mha:  # the MetaImage library prints past ITK's switch
         assert "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nrrd", ".mha"])
+def test_scan_whose_name_is_no_text(tmp_path, suffix):
+    path = tmp_path / os.fsdecode(b"\xff" + suffix.encode())
+    sitk.WriteImage(itk_image(voxels(), rotated_affine()), str(tmp_path / f"scan{suffix}"))
+    (tmp_path / f"scan{suffix}").rename(path)
+    # In a process of its own, which SimpleITK would end.
+    code = "import sys; from medmim.volumes import load_volume; print(load_volume(sys.argv[1]).spacing)"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    if suffix == ".nii":
+        assert (done.returncode, done.stdout.count(",")) == (0, 2)
+    else:
+        assert done.returncode == 1
+        assert re.search(r"ScanError: .*udcff.*: its path is not text in UTF-8", done.stderr)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nrrd", ".mha", ".dcm"])
+def test_scan_that_may_not_be_read_is_refused(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"scan{suffix}"
+    path.write_bytes(b"some")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ScanError, match=r"scan.*: cannot be read"):
+        load_volume(path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_one_voxel_that_is_no_number_is_enough(dtype, value):
+    array = np.ones((1, *SHAPE), dtype)
+    Volume(array, np.eye(4))
+    array[0, 1, 2, 3] = value
+    with pytest.raises(ScanError, match="1 of 756 voxels"):
+        Volume(array, np.eye(4))
 
 
 def test_volume_made_by_hand_is_checked():

@@ -53,7 +53,7 @@ def embed(
 
 
 def _embed_to_folder(scans: list[Path], folder: Path, model: str, modality: Modality | None) -> None:
-    from medmim.cohort import name_scans, place_files
+    from medmim.cohort import file_of, name_scans, place_files
     from medmim.inference import check_embeddings, save_embeddings
 
     named = name_scans(scans, outside=folder)
@@ -61,7 +61,7 @@ def _embed_to_folder(scans: list[Path], folder: Path, model: str, modality: Moda
     embed_scan, made_by = _embedding_with(model, modality)
     there = [name for name in named if files[name].is_file()]
     for name in there:
-        check_embeddings(files[name], made_by)
+        check_embeddings(files[name], name=name, scan=file_of(named[name]), model=made_by)
     left = {name: scan for name, scan in named.items() if name not in there}
 
     def write(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
@@ -94,7 +94,8 @@ def _embed_to_file(scans: list[Path], file: Path, model: str, modality: Modality
 def _embedding_with(
     name: str, modality: Modality | None
 ) -> tuple[Callable[[Path, Callable[[int, int], None]], Embedding], str]:
-    """What embeds a scan, and says of which model the result is; and that model, in the same words."""
+    """What embeds a scan, and says of which file and model the result is; and that model, in the same words."""
+    from medmim.cohort import file_of
     from medmim.identity import identity
     from medmim.inference import embed as embed_scan
 
@@ -103,7 +104,7 @@ def _embedding_with(
 
     def embed_one(scan: Path, progress: Callable[[int, int], None]) -> Embedding:
         found = embed_scan(network, scan, modality=modality and modality.value, progress=progress)
-        return replace(found, model=made_by)
+        return replace(found, model=made_by, scan=file_of(scan))
 
     return embed_one, made_by
 
