@@ -110,6 +110,18 @@ def random_hiding(
     return hide_highest(torch.rand(batch, num_tokens, generator=generator), ratio)
 
 
+def count_hidden(num_tokens: int, ratio: float) -> int:
+    """How many of a sample's tokens a ratio hides, `int(ratio * N)`.
+
+    Raises:
+        ValueError: When nothing or everything would be hidden.
+    """
+    hidden = int(ratio * num_tokens)
+    if not 0 < hidden < num_tokens:
+        raise ValueError(f"ratio {ratio} hides {hidden} of {num_tokens} tokens; at least one must stay and one must go")
+    return hidden
+
+
 def hide_highest(scores: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """Hides exactly `int(ratio * N)` tokens of each sample, those with the highest scores (B, N).
 
@@ -122,11 +134,8 @@ def hide_highest(scores: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
         ValueError: When nothing or everything would be hidden.
     """
     num_tokens = scores.shape[1]
-    hidden = int(ratio * num_tokens)
-    if not 0 < hidden < num_tokens:
-        raise ValueError(f"ratio {ratio} hides {hidden} of {num_tokens} tokens; at least one must stay and one must go")
+    kept = num_tokens - count_hidden(num_tokens, ratio)
     order = scores.argsort(dim=1)
-    kept = num_tokens - hidden
     return order[:, :kept].sort(dim=1).values, order[:, kept:].sort(dim=1).values
 
 

@@ -20,7 +20,7 @@ from test_finetune import make_recipe as make_segmentation_recipe
 
 import medmim
 from medmim.classification import classify
-from medmim.errors import SpecError
+from medmim.errors import ScanError, SpecError
 from medmim_training import cli
 from medmim_training.engine import NonFiniteLossError
 from medmim_training.preemption import Preempted
@@ -158,6 +158,8 @@ def test_what_is_wrong_with_the_data_is_said(tmp_path, archive):
     for options, message in (({"classes": CLASSES}, "label of a is none of the 2"), ({}, "fewer than two classes")):
         with pytest.raises(SpecError, match=message):
             find_labelled(path, **options)
+    with pytest.raises(SpecError, match=r"list\.csv: two of classes= are called 'thin'"):
+        find_labelled(path, classes=("thin", "thin", "other"))
     write_list(path, ["a/scan.nii.gz,0", "b/scan.nii.gz,1"])
     with pytest.raises(SpecError, match="two cases are called scan"):
         find_labelled(path)
@@ -409,6 +411,20 @@ def test_probes_read_the_scans_once_and_the_test_only_when_asked(archive, tmp_pa
     unprepared = settings | {"volume": None, "model": MODEL | {"name": "vit_t_simmim3d"}}
     with pytest.raises(SpecError, match="vit_t_simmim3d: nothing says how to prepare a scan; give volume="):
         probing.probe(ProbeRecipe.model_validate(unprepared), tmp_path)
+
+
+def test_probes_name_the_neighbours_that_they_asked_and_a_scan_that_is_missing(tmp_path):
+    rows = [f"{i}.nii.gz,{i % 2},{'val' if i > 3 else 'train'}" for i in range(6)]
+    write_list(tmp_path / "list.csv", rows, "image,label,split")
+    for i in range(6):
+        nib.Nifti1Image(rod(i, thick=i % 2 == 0), np.eye(4)).to_filename(tmp_path / f"{i}.nii.gz")
+    settings = {"data": str(tmp_path / "list.csv"), "model": MODEL, "volume": VOLUME, "modality": "MR"}
+    recipe = ProbeRecipe.model_validate(settings)
+    nearest = [each for each in probing.probe(recipe, tmp_path / "probe") if each.probe == "knn"]
+    assert [each.setting for each in nearest] == [4]
+    (tmp_path / "2.nii.gz").unlink()
+    with pytest.raises(ScanError, match=r"2\.nii\.gz: cannot be read"):
+        probing.probe(recipe, tmp_path / "probe")
 
 
 def test_probes_against_neighbours_counted_otherwise(archive, tmp_path):

@@ -116,6 +116,25 @@ def test_a_loss_that_is_no_number_names_the_scans(recipe, store, tmp_path, monke
         pretrain(recipe, store, tmp_path)
 
 
+def test_a_gradient_that_is_no_number_is_refused_before_it_is_saved(recipe, store, tmp_path, monkeypatch):
+    def broken(*args):
+        method = build_method(*args)
+        method.decoder.to_voxels.bias.register_hook(lambda gradient: gradient * float("inf"))
+        return method
+
+    monkeypatch.setattr(engine, "build_method", broken)
+    every_step = changed(recipe, output={"checkpoint_every": 1})
+    with pytest.raises(NonFiniteLossError, match=r"step 1: the gradient is (nan|inf); look at .*\.nii\.gz"):
+        pretrain(every_step, store, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_best_is_kept_from_the_first_checkpoint_on_though_nothing_is_reported_yet(recipe, store, tmp_path):
+    short = changed(recipe, schedule={"steps": 2}, output={"log_every": 20, "checkpoint_every": 1})
+    pretrain(short, store, tmp_path)
+    assert (tmp_path / "checkpoints" / "best.pt").is_file()
+
+
 def test_bf16_trains(recipe, store, tmp_path, finished):
     pretrain(changed(recipe, precision="bf16"), store, tmp_path)
     torch.testing.assert_close(torch.tensor(losses(tmp_path)), torch.tensor(losses(finished[1])), rtol=0.05, atol=0)

@@ -160,6 +160,10 @@ def test_packaged_recipes_are_valid(name):
         ("crops.rotat=3", "crops.rotat is no key of a recipe; did you mean 'rotate'"),
         ("labels=ten", "neither a share such as 10% nor a number"),
         ("labels=0%", "neither a share such as 10% nor a number"),
+        ("labels=0", "labels: .* 0 is neither a share such as 10% nor a number"),
+        ("labels=1.5", r"labels: .* 1\.5 is neither a share such as 10% nor a number"),
+        ("labels=true", "labels: .* True is neither a share such as 10% nor a number"),
+        ("seed=99999999999999", "seed: Input should be less than"),
         ("decoder.name=vnet", "decoder.name"),
         ("output.trackers=[wandb]", "fine-tuning has no trackers"),
         ("output.pictures_every=5", "output: .*fine-tuning draws one at each validation"),
@@ -169,6 +173,13 @@ def test_packaged_recipes_are_valid(name):
 def test_mistakes_are_named(override, message):
     with pytest.raises(SpecError, match=message):
         load_recipe("finetune/vit_t_unetr", ["data=somewhere", override], kind=FineTuneRecipe)
+
+
+def test_a_task_that_is_no_word_is_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: n\nsummary: s\ntask: [segmentation]\n")
+    with pytest.raises(SpecError, match=r"r\.yaml: task: Input should be 'segmentation' or 'classification'"):
+        load_recipe(str(path), kind=FineTuneRecipe)
 
 
 def test_a_recipe_of_the_other_kind_is_refused():
@@ -224,6 +235,12 @@ def test_a_csv_of_images_and_labels(data, tmp_path):
     cases = find_cases(tmp_path / "list.csv")
     assert [(case.name, case.fold) for case in cases] == [("case_0", 0), ("case_1", 1), ("case_2", 2)]
     assert cases[1].image.is_file()
+
+
+def test_folds_as_pandas_writes_them(data, tmp_path):
+    rows = [f"case_{i},{'' if i == 7 else f'{i % 2}.0'},{'test' if i == 7 else 'train'}" for i in range(8)]
+    (tmp_path / "s.csv").write_text("\n".join(["case,fold,split", *rows]) + "\n")
+    assert [case.fold for case in find_cases(data, tmp_path / "s.csv")][:7] == [0, 1, 0, 1, 0, 1, 0]
 
 
 def test_fewer_labels_are_among_more(data):
@@ -497,6 +514,15 @@ def test_one_subject_cannot_train_and_validate(tmp_path):
     write_case(tmp_path, "case_0", seed=0)
     with pytest.raises(SpecError, match="it takes two besides the test"):
         finetune(make_recipe(tmp_path), tmp_path / "run")
+
+
+def test_a_gradient_that_is_no_number_is_refused_before_it_is_saved(recipe, tmp_path, monkeypatch):
+    run = Run(segmentation.SegmentationTask(recipe), tmp_path)
+    next(run.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(NonFiniteLossError, match=r"step 4: the gradient is nan; look at case_\d"):  # after the warm-up
+        run.train()
+    assert all(weight.isfinite().all() for weight in run.model.parameters())
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("step", [2, 7])

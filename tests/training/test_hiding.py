@@ -64,6 +64,12 @@ def test_foreground_is_hidden_more_often_than_air():
     assert share[:3].min() > 3 * share[3:].max()
 
 
+@pytest.mark.parametrize("block", [(0, 1, 1), (2, 2), "222", (2, 2, 1.5)])
+def test_a_block_without_tokens_is_refused(block):
+    with pytest.raises(ValueError, match="must be three numbers of tokens above 0"):
+        Hiding(rule="block", block=block)
+
+
 @pytest.mark.parametrize("args", [{"rule": "random"}, {"ratio": 0.0}, {"ratio": 1.0}, {"rule": "tube", "axis": 3}])
 def test_what_cannot_be_is_refused(args):
     with pytest.raises(ValueError, match=str(next(reversed(args.values())))):

@@ -96,6 +96,7 @@ def test_overrides(override, key, value):
         ("optimizer.lr=-1", "optimizer.lr: Input should be greater than 0"),
         ("schedule.steps", "write key=value"),
         ("seed.x=1", "is a value, not a section"),
+        ("seed=99999999999999", "seed: Input should be less than"),
         ("volume.orientation=RRS", "needs one letter"),
         ("seed=[", "not valid YAML"),
         ("volume.spacin=[1,1,1]", "volume.spacin is no key of a recipe; did you mean 'spacing'"),

@@ -146,6 +146,15 @@ def test_mistakes_are_named(row, message, experiment, tmp_path):
         load_experiment(str(path))
     with pytest.raises(SpecError, match="there is no experiment 'paper-smal'; nearest: paper-small"):
         load_experiment("paper-smal")
+    path.write_text(json.dumps({**experiment.model_dump(mode="json"), "tables": {}}))
+    with pytest.raises(SpecError, match="tables: Dictionary should have at least 1 item"):
+        load_experiment(str(path))
+
+
+def test_names_of_classes_are_text_whatever_is_in_them(experiment):
+    names = ("background", "1", "no", "left, upper", "Größe: ganz")
+    (run, *_) = (r for r in plan_runs(experiment.model_copy(update={"classes": names})) if isinstance(r, FineTuningRun))
+    assert run.recipe.classes == names
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,8 @@ def test_a_recipe_for_fine_tuning_is_not_pretrained(train, name):
             "method.args.hiding.rul is no argument of a hiding rule; did you mean 'rule'?",
         ),
         ("method.args.rati=0.5", "method.args.rati is no argument of mae; did you mean 'ratio'?"),
+        ("method.args.ratio=0.001", "method.args of mae: ratio 0.001 hides 0 of 216 tokens"),
+        ("method.args.hiding={rule: block, block: [0, 1, 1]}", "method.args of mae: block [0, 1, 1] must be"),
         ("model.args.dept=2", "vit_t_mae3d: there is no argument 'dept'; nearest: depth"),
     ],
 )

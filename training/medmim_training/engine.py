@@ -44,7 +44,7 @@ PRIME = 15_485_863  # keeps the samples of different seeds apart
 
 
 class NonFiniteLossError(MedmimError):
-    """The loss became NaN or infinite; the message names the scans of the batch."""
+    """The loss, or its gradient, became NaN or infinite; the message names the scans of the batch."""
 
 
 def build_method(recipe: Recipe) -> nn.Module:
@@ -80,7 +80,7 @@ def pretrain(
     Raises:
         SpecError: When the folder holds a run of another recipe or store, or the store, the batch, the precision or
             the number of processes does not fit.
-        NonFiniteLossError: When the loss is no number any more.
+        NonFiniteLossError: When the loss or its gradient is no number any more.
         CheckpointError: When the disk is full.
         Preempted: After SIGTERM or Ctrl-C; the run has saved itself.
     """
@@ -232,11 +232,14 @@ class _Run:
             loss = output.loss.detach().float()
             loss, asked = self.accelerator.reduce(torch.stack([loss, loss.new_tensor(stop.is_set())]), "mean").tolist()
             if not math.isfinite(loss):
-                self._refuse(loss, batch, done)
+                self._refuse("loss", loss, batch, done)
             total += loss
             stopped |= asked > 0
         self.accelerator.unscale_gradients()
         grad_norm = clip_gradients(self.trained.parameters(), self.recipe.optimizer.clip_grad)
+        # Before it spreads to the weights, and with them to a checkpoint. A scaler leaves such a step out by itself.
+        if not math.isfinite(grad_norm) and self.accelerator.scaler is None:
+            self._refuse("gradient", grad_norm, batch, done)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
@@ -258,9 +261,9 @@ class _Run:
         torch.manual_seed(sample_seeds[0])  # for dropped paths, which take torch's own generator
         return self.trained(batch, [torch.Generator().manual_seed(each) for each in sample_seeds])
 
-    def _refuse(self, loss: float, batch: dict[str, Tensor], done: int) -> None:
+    def _refuse(self, what: str, value: float, batch: dict[str, Tensor], done: int) -> None:
         scans = sorted({self.store.entries[i].source for i in batch["volume"].tolist()})
-        raise NonFiniteLossError(f"step {done}: the loss is {loss}; look at {', '.join(scans)}, or lower the rate")
+        raise NonFiniteLossError(f"step {done}: the {what} is {value}; look at {', '.join(scans)}, or lower the rate")
 
     def _parts(self) -> Iterator[dict[str, Tensor]]:
         """What this process computes, part by part, from the first step on that is not done."""

@@ -21,6 +21,7 @@ from medmim_training.precision import Precision
 RECIPE_BYTES = 100_000  # ours have two thousand; PyYAML needs seconds for more
 OF_TASKS = frozenset({"task", "decoder", "crops", "labels", "frozen", "head_warmup"})  # keys of no pretraining
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # torch takes 64 bits, of which the number of a sample needs some
 
 
 class Section(BaseModel):
@@ -188,7 +189,7 @@ class Recipe(RunRecipe):
     precision: Precision = "auto"
     compile: bool = False
     output: OutputSection = OutputSection()
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)

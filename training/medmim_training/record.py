@@ -153,9 +153,9 @@ class MetricsLog:
             file.write(json.dumps(asdict(report)) + "\n")
 
     def recent_loss(self) -> float:
-        """Mean of the last `RECENT` reports."""
+        """Mean of the last `RECENT` reports; infinite before the first, so that any is better."""
         recent = self.losses[-RECENT:]
-        return sum(recent) / len(recent) if recent else math.nan
+        return sum(recent) / len(recent) if recent else math.inf
 
 
 def write_record(

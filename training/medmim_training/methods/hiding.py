@@ -32,7 +32,7 @@ class Hiding:
         axis: 0, 1 or 2, for "tube".
 
     Raises:
-        ValueError: For an unknown rule or axis, or a ratio outside of (0, 1).
+        ValueError: For an unknown rule or axis, a block without tokens, or a ratio outside of (0, 1).
     """
 
     rule: Literal["uniform", "block", "tube", "grid", "foreground"] = "uniform"
@@ -47,6 +47,8 @@ class Hiding:
             raise ValueError(f"ratio {self.ratio} must be above 0 and below 1")
         if self.axis not in (0, 1, 2):
             raise ValueError(f"axis {self.axis} must be 0, 1 or 2")
+        if len(self.block) != 3 or not all(type(side) is int and side > 0 for side in self.block):
+            raise ValueError(f"block {self.block} must be three numbers of tokens above 0")
 
     def __call__(self, x: Tensor, unit: Size, *, generator: Generators) -> tuple[Tensor, Tensor]:
         """Chooses what to hide of each sample.

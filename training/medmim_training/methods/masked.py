@@ -6,13 +6,14 @@ beside the encoder; so a method of this kind is a decoder and its settings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from medmim.factory import decoder_class
-from medmim.layers.tokens import gather_patches, to_grid_size
+from medmim.layers.tokens import count_hidden, gather_patches, to_grid_size
 from medmim.reconstruction import Reconstruction
 from medmim.spec import PartSpec
 from medmim_training.methods.base import MethodOutput, check_arguments, inside_scan, named_choice, paste
@@ -36,7 +37,7 @@ class MaskedModelling(nn.Module):
 
     Raises:
         SpecError: For an argument of the decoder or the rule that does not exist.
-        ValueError: For an unknown choice, or units that do not divide the input.
+        ValueError: For an unknown choice, units that do not divide the input, or a ratio that hides none or all.
     """
 
     views, compares_samples = OneCrop(), False
@@ -57,7 +58,7 @@ class MaskedModelling(nn.Module):
         check_arguments(hiding or {}, Hiding, name="a hiding rule", key="method.args.hiding")
         self.encoder, self.decoder_spec = encoder, decoder
         self.decoder = cls(**{**cls.of_encoder(encoder), **decoder.args})
-        to_grid_size(encoder.img_size, self.decoder.unit)
+        count_hidden(math.prod(to_grid_size(encoder.img_size, self.decoder.unit)), ratio)
         self.hiding = Hiding(ratio=ratio, **(hiding or {}))
         self.target = named_choice("target", target, TARGETS)
         self.loss = named_choice("loss", loss, LOSSES)

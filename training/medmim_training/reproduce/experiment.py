@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -121,7 +122,7 @@ class Experiment(Section):
     modality: Modality | None = None
     pretraining: PretrainingSection
     finetuning: FineTuningSection
-    tables: dict[str, Table]
+    tables: dict[str, Table] = Field(min_length=1)
     smoke: SmokeSection = SmokeSection()
 
     def tiny(self) -> Experiment:
@@ -264,7 +265,7 @@ class _Plan:
     def _task(self) -> Overrides:
         classes, modality = self.experiment.classes, self.experiment.modality
         return (
-            *([f"classes=[{','.join(classes)}]"] if classes else []),
+            *([f"classes={json.dumps(classes, ensure_ascii=False)}"] if classes else []),
             *([f"modality={modality}"] if modality else []),
         )
 

@@ -119,12 +119,12 @@ def with_splits(
         SpecError: For two cases of one name, and for a split file that leaves cases out, names one twice, or says what
             has no meaning.
     """
-    twice = _first_twice(case.name for case in cases)
+    twice = first_twice(case.name for case in cases)
     if twice:
         raise SpecError(f"{source}: two cases are called {twice}; give each a name of its own in a column case")
     if splits is not None:
         table = read_rows(Path(splits), needed=("case",))
-        twice = _first_twice(row["case"] for row in table)
+        twice = first_twice(row["case"] for row in table)
         if twice:
             raise SpecError(f"{splits}: has two rows for {twice}; leave one")
         rows = {row["case"]: row for row in table}
@@ -243,7 +243,7 @@ def read_rows(path: Path, *, needed: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def _first_twice(names: Iterable[str]) -> str | None:
+def first_twice(names: Iterable[str]) -> str | None:
     """A name that is there more than once, if any is."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
@@ -266,7 +266,7 @@ def _described(case: Case, row: dict[str, str], side: str, has_folds: bool, sour
     if has_folds and side != "test" and not fold:
         raise SpecError(f"{source}: gives {case.name} no fold, as it does others; give it one, or the split test")
     try:
-        number = int(fold or 0)
+        number = int(fold.removesuffix(".0") or 0)  # as pandas writes a column in which test cases have none
     except ValueError:
         raise SpecError(f"{source}: the fold of {case.name} is {fold!r}, not a number") from None
     return replace(case, group=row.get("subject_group") or case.name, fold=number, is_test=side == "test")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from medmim.errors import SpecError
-from medmim_training.tasks.cases import TRAINS, Case, case_name, read_rows, with_splits
+from medmim_training.tasks.cases import TRAINS, Case, case_name, first_twice, read_rows, with_splits
 
 ARCHIVE = ".npz"
 SIDES = {"train": {"fold": TRAINS}, "val": {"fold": 0}, "test": {"is_test": True}}  # of MedMNIST's archives
@@ -29,11 +29,15 @@ def find_labelled(
         classes: Their names by number; empty takes the labels themselves, in order, or "class 0", ... for numbers.
 
     Raises:
-        SpecError: For data that does not exist or lacks something, a label that is no class, or fewer than two classes.
+        SpecError: For data that does not exist or lacks something, a label that is no class, two classes of one name,
+            or fewer than two.
     """
     data = Path(data)
     if not data.is_file():
         raise SpecError(f"{data}: no such file; the data is a CSV with the columns image and label, or an .npz file")
+    twice = first_twice(classes)
+    if twice is not None:
+        raise SpecError(f"{data}: two of classes= are called {twice!r}; give each a name of its own")
     if data.suffix == ARCHIVE:
         if splits is not None:
             raise SpecError(f"{data}: has its own split; leave splits= out")

@@ -195,7 +195,7 @@ class Run:
             The model that was best in validation, in evaluation mode.
 
         Raises:
-            NonFiniteLossError: When the loss is no number any more.
+            NonFiniteLossError: When the loss or its gradient is no number any more.
             CheckpointError: When the disk is full.
             Preempted: After SIGTERM or Ctrl-C; the run has saved itself.
         """
@@ -234,14 +234,20 @@ class Run:
         self._choose_trained(encoder=not self.recipe.frozen and done > self.recipe.head_warmup)
         loss = self.task.loss(self.trained(batch["x"]).float(), batch)
         if not math.isfinite(value := loss.item()):
-            names = sorted({self.task.split.training[i].name for i in batch["case"].tolist()})
-            raise NonFiniteLossError(f"step {done}: the loss is {value}; look at {', '.join(names)}, or lower the rate")
+            self._refuse("loss", value, batch, done)
         self.accelerator.backward(loss)
         self.accelerator.unscale_gradients()
         grad_norm = clip_gradients(self.trained.parameters(), self.recipe.optimizer.clip_grad)
+        # Before it spreads to the weights, and with them to a checkpoint. A scaler leaves such a step out by itself.
+        if not math.isfinite(grad_norm) and self.accelerator.scaler is None:
+            self._refuse("gradient", grad_norm, batch, done)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value, grad_norm
+
+    def _refuse(self, what: str, value: float, batch: dict[str, Tensor], done: int) -> None:
+        names = sorted({self.task.split.training[i].name for i in batch["case"].tolist()})
+        raise NonFiniteLossError(f"step {done}: the {what} is {value}; look at {', '.join(names)}, or lower the rate")
 
     def _choose_trained(self, *, encoder: bool) -> None:
         """Training mode, in which the encoder may be left as it is: its weights and what it drops."""

@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from medmim.errors import SpecError
+from medmim.errors import ScanError, SpecError
 from medmim.factory import create_model
 from medmim.files import atomic_write, write_csv, write_text
 from medmim.identity import weights_digest
@@ -119,8 +119,8 @@ def probe(
         ]
 
     results = []
-    for neighbours in NEIGHBOURS:
-        nearest = KNeighborsClassifier(min(neighbours, len(labels["training"])), metric="cosine")
+    for neighbours in sorted({min(number, len(labels["training"])) for number in NEIGHBOURS}):
+        nearest = KNeighborsClassifier(neighbours, metric="cosine")
         results += scored(nearest.fit(features["training"], labels["training"]), "knn", neighbours)
     results += scored(*_best_regression(features, labels))
     _write(folder, results)
@@ -204,7 +204,10 @@ def _key(fingerprint: bytes, cases: Sequence[Case]) -> str:
         if isinstance(case.image, np.ndarray):
             what = np.ascontiguousarray(case.image).tobytes()
         else:
-            state = case.image.stat()
+            try:
+                state = case.image.stat()
+            except OSError as error:
+                raise ScanError(f"{case.image}: cannot be read ({error.strerror}); check the path") from None
             what = f"{case.image.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
         digest.update(what)
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -16,6 +16,7 @@ from medmim_training.recipe import (
     RunRecipe,
     ScheduleSection,
     Section,
+    Seed,
 )
 
 
@@ -96,7 +97,7 @@ class FineTuneRecipe(RunRecipe):
     data: str
     splits: str | None = None
     fold: int = Field(0, ge=0)
-    labels: str | Annotated[int, Field(gt=0)] = "100%"
+    labels: str | int = "100%"
     classes: tuple[str, ...] = ()
     model: StartSection
     volume: VolumeSpec | None = None
@@ -109,25 +110,29 @@ class FineTuneRecipe(RunRecipe):
     schedule: ScheduleSection
     precision: Precision = "auto"
     output: OutputSection = OutputSection()
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     @classmethod
     def kind_of(cls, data: dict[str, Any]) -> type[FineTuneRecipe]:
         if cls is not FineTuneRecipe:
             return cls
         kinds = {"segmentation": SegmentationRecipe, "classification": ClassificationRecipe}
-        return kinds.get(data.get("task", "segmentation"), cls)
+        task = data.get("task", "segmentation")
+        return kinds.get(task, cls) if isinstance(task, str) else cls
 
-    @field_validator("labels")
+    @field_validator("labels", mode="before")  # of two types, pydantic would say that it is not the first
     @classmethod
-    def _share_or_number(cls, value: str | int) -> str | int:
+    def _share_or_number(cls, value: Any) -> str | int:
         if isinstance(value, str):
             try:
                 share = float(value.removesuffix("%"))
             except ValueError:
                 share = 0.0
-            if not value.endswith("%") or not 0 < share <= 100:
-                raise ValueError(f"{value!r} is neither a share such as 10% nor a number of cases")
+            is_meant = value.endswith("%") and 0 < share <= 100
+        else:
+            is_meant = type(value) is int and value > 0
+        if not is_meant:
+            raise ValueError(f"{value!r} is neither a share such as 10% nor a number of cases above 0")
         return value
 
     @field_validator("output")
@@ -197,4 +202,4 @@ class ProbeRecipe(Section):
     volume: VolumeSpec | None = None
     modality: Modality | None = None
     batch_size: Positive = 16
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
