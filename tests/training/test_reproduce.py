@@ -73,8 +73,8 @@ def test_every_row_has_its_seeds_and_shared_runs_are_run_once(experiment, runs):
             assert [run.seed for run in tuned if (name, row) in run.rows] == list(range(table.seeds))
     recipes = [run.recipe.to_yaml() for run in tuned if run.same_time_as is None]
     assert len(set(recipes)) == len(recipes)
-    (shared,) = (run for run in tuned if ("methods", "MAE") in run.rows and run.seed == 0)
-    assert {table for table, _ in shared.rows} == {"methods", "ratio", "decoder", "spacing"}
+    (shared,) = (run for run in tuned if ("alone", "MAE") in run.rows and run.seed == 0)
+    assert {table for table, _ in shared.rows} == {"alone", "ratio", "decoder", "spacing"}
     (shared,) = (run for run in tuned if ("labels", "10 %, continued") in run.rows and run.seed == 0)
     assert {table for table, _ in shared.rows} == {"methods", "labels"}
 
@@ -108,7 +108,7 @@ def test_another_setting_is_another_run(experiment, runs):
     changed = {**section.variants, "mae": (*section.variants["mae"], "optimizer.lr=1e-3")}
     other = plan_runs(experiment.model_copy(update={"pretraining": section.model_copy(update={"variants": changed})}))
     moved = {run.id for run in runs} - {run.id for run in other}
-    (mae,) = {run.start for run in runs if isinstance(run, FineTuningRun) and ("methods", "MAE") in run.rows}
+    (mae,) = {run.start for run in runs if isinstance(run, FineTuningRun) and ("alone", "MAE") in run.rows}
     assert moved == {mae.id} | {run.id for run in runs if getattr(run, "start", None) is mae}
 
 
