@@ -408,8 +408,8 @@ def test_probes_read_the_scans_once_and_the_test_only_when_asked(archive, tmp_pa
     assert "6 test" in out
     run_command(monkeypatch, capfd, "probe", "vit_t_mae3d", *given, "-o", tmp_path)  # as the weights of that name
     assert len(json.loads((tmp_path / "probe.json").read_text(encoding="utf-8"))) == 3
-    unprepared = settings | {"volume": None, "model": MODEL | {"name": "vit_t_simmim3d"}}
-    with pytest.raises(SpecError, match="vit_t_simmim3d: nothing says how to prepare a scan; give volume="):
+    unprepared = settings | {"volume": None, "model": MODEL | {"name": "vit_t_mae3d_p8"}}
+    with pytest.raises(SpecError, match="vit_t_mae3d_p8: nothing says how to prepare a scan; give volume="):
         probing.probe(ProbeRecipe.model_validate(unprepared), tmp_path)
 
 

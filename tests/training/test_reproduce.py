@@ -370,7 +370,7 @@ def test_data_without_a_test_is_refused(experiment, tmp_path):
     write_shapes(tmp_path, cases=4, tests=0)
     with pytest.raises(SpecError, match="no case is for the test"):
         Runner(experiment, tmp_path, tmp_path / "out")
-    with pytest.raises(SpecError, match="no table 'speed'; it has methods, ratio"):
+    with pytest.raises(SpecError, match="no table 'speed'; it has methods, alone"):
         Runner(experiment, tmp_path, tmp_path / "out", only=["speed"])
 
 
