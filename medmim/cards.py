@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from medmim import hub, registry
 from medmim.errors import SpecError
 from medmim.files import write_text
+from medmim.markdown import markdown_table
 from medmim.samples import SampleScan, sample_scans
 from medmim.spec import DataSource, ModelSpec, Origin, Percentile, TrainingRecord, VolumeSpec, WeightsSpec, Window
 
@@ -219,7 +220,7 @@ def _input(spec: ModelSpec, volume: VolumeSpec) -> str:
         *([("input", f"{_by(size)} voxels, {spec.args.get('in_chans', 1)} channel(s)")] if size else []),
         *([("patch", f"{_by(patch)} voxels")] if patch else []),
     ]
-    return "## Input\n\n" + _table(("", ""), rows)
+    return "## Input\n\n" + markdown_table(("", ""), rows)
 
 
 def _training(weights: WeightsSpec) -> str:
@@ -239,7 +240,7 @@ def _training(weights: WeightsSpec) -> str:
     if sum(run.wall_hours for run in runs) < DEMONSTRATION_HOURS:
         remarks.append("This is demonstration scale.")
     remarks.append("The encoder is published" + (", and its decoder beside it." if weights.decoder else " alone."))
-    return f"## Pretraining\n\n{_table(head, rows)}\n\n{' '.join(remarks)}"
+    return f"## Pretraining\n\n{markdown_table(head, rows)}\n\n{' '.join(remarks)}"
 
 
 def _runs(weights: WeightsSpec) -> list[TrainingRecord]:
@@ -266,7 +267,7 @@ def _data(weights: WeightsSpec) -> str:
     if len(selections) > 1:
         head = [f"volumes in run {', '.join(map(str, numbers))}" for numbers in selections.values()]
     rows = [(name, modality, *counts, licence) for (name, modality, licence), counts in sorted(volumes.items())]
-    table = _table(("collection", "modality", *head, "licence"), rows)
+    table = markdown_table(("collection", "modality", *head, "licence"), rows)
     return f"## Data\n\nImages only, no labels; `data.csv` beside the weights lists every file.\n\n{table}"
 
 
@@ -281,7 +282,7 @@ def _results(weights: WeightsSpec) -> str:
         )
         for e in weights.evidence
     ]
-    return "## Results\n\n" + _table(("data", "cases", "protocol", "metric", "these weights", *names), rows)
+    return "## Results\n\n" + markdown_table(("data", "cases", "protocol", "metric", "these weights", *names), rows)
 
 
 def _limits(weights: WeightsSpec) -> str:
@@ -303,7 +304,7 @@ def _out_of_scope(volume: VolumeSpec, mistaken: str) -> str:
 
 def _integrity(weights: WeightsSpec, licence: str) -> str:
     rows = [(f"`{file.name}`", file.size, f"`{file.sha256}`") for file in weights.files]
-    return f"## Files and licence\n\n{_table(('file', 'bytes', 'sha256'), rows)}\n\n{licence} Code: Apache-2.0."
+    return f"## Files and licence\n\n{markdown_table(('file', 'bytes', 'sha256'), rows)}\n\n{licence} Code: Apache-2.0."
 
 
 def _citation(weights: WeightsSpec) -> str:
@@ -348,16 +349,6 @@ def _by(sizes: Iterable[float]) -> str:
     return " x ".join(f"{size:g}" for size in sizes)
 
 
-def _table(head: tuple, rows: Iterable[tuple]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(content: object) -> str:
-    """What stands in a table: one line, in which a bar ends no cell."""
-    return " ".join(str(content).splitlines()).replace("|", r"\|")
-
-
 # --- the card of a model for a task -----------------------------------------------------------------------------------
 
 
@@ -376,7 +367,7 @@ def _task_card(spec: ModelSpec, weights: WeightsSpec) -> str:
         f"# {name}",
         f"A network that {does} 3-D {_modalities(volume)} scans, for medmim: {network}{start}. {NOTICE}",
         _task_use(spec),
-        "## Classes\n\n" + _table(("output", "class"), enumerate(task.classes)),
+        "## Classes\n\n" + markdown_table(("output", "class"), enumerate(task.classes)),
         _input(spec, volume),
         _started(weights, origin),
         _results(weights),

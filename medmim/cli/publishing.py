@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +55,7 @@ def push(
     Example: `medmim push my-model org/name --private --dry-run`
     """
     pushing.push(
-        f"local-dir:{source}" if Path(source).is_dir() else source,
+        f"local-dir:{source}" if os.path.isdir(source) else source,
         repo,
         card=card,
         message=message,

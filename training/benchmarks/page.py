@@ -6,13 +6,14 @@ python training/benchmarks/page.py
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS
 
 from medmim.files import write_text
+from medmim.markdown import markdown_table
 
 PAGE = "README.md"
 HEAD = """# Speed
@@ -43,7 +44,7 @@ def _step(record: dict[str, Any]) -> Iterable[str]:
         [name, record["precision"][name], *_compared(record, name), str(record["peak_megabytes"][name])]
         for name in record["seconds"]
     ]
-    yield _table(["", "precision", "seconds", "times ours", "peak, MB"], rows)
+    yield markdown_table(["", "precision", "seconds", "times ours", "peak, MB"], rows)
     yield (
         f"Ours runs at {record['share_of_matrix_product_rate']:.0%} of the rate of plain matrix products in the same "
         f"run ({record['matrix_product_gflops']:.0f} GFLOP/s). Its time goes to: {_shares(record['time_goes_to'])}."
@@ -66,7 +67,7 @@ def _growth(record: dict[str, Any]) -> Iterable[str]:
                 f"{goes.get('attention', 0):.0%}",
             ]
         )
-    yield _table(["crops", "seconds", "tokens/s", "GFLOP/s", "activations, MB", "weights", "attention"], rows)
+    yield markdown_table(["crops", "seconds", "tokens/s", "GFLOP/s", "activations, MB", "weights", "attention"], rows)
     yield GROWTH
     if record["left_out"]:
         yield f"Left out, as they take too long: {', '.join(record['left_out'])}."
@@ -74,14 +75,16 @@ def _growth(record: dict[str, Any]) -> Iterable[str]:
 
 def _crops(record: dict[str, Any]) -> Iterable[str]:
     rows = [[name, *_compared(record, name), str(record["megabytes"][name])] for name in record["seconds"]]
-    yield _table(["", "seconds", "times ours", "MB on disk"], rows)
+    yield markdown_table(["", "seconds", "times ours", "MB on disk"], rows)
 
 
 def _loading(record: dict[str, Any]) -> Iterable[str]:
     memory = record["peak_memory_over_weights"]
     rows = [[name, _spread(times), _spread(memory.get(name))] for name, times in record["seconds"].items()]
-    yield _table(["", "seconds", "peak memory, times the weights"], rows)
-    yield _table(["", "times faster"], [[name, _spread(ratio)] for name, ratio in record["times_faster"].items()])
+    yield markdown_table(["", "seconds", "peak memory, times the weights"], rows)
+    yield markdown_table(
+        ["", "times faster"], [[name, _spread(ratio)] for name, ratio in record["times_faster"].items()]
+    )
 
 
 def _waiting(record: dict[str, Any]) -> Iterable[str]:
@@ -114,11 +117,6 @@ def _spread(values: dict[str, Any] | None) -> str:
 
 def _shares(shares: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from medmim.files import atomic_write, write_text
+from medmim.markdown import markdown_table
 from medmim_training.reproduce.experiment import FineTuningRun, Table
 from medmim_training.reproduce.results import (
     Curve,
@@ -94,19 +95,14 @@ def _section(table: Table, rows: dict[str, Seeds], figures: Sequence[str]) -> st
     columns = ["", "seeds", "test Dice", "test HD95", "validation Dice", "test Dice, difference"]
     columns += ["fewer steps to its final Dice"] * ("speed" in table.shows)
     columns += ["pretraining, CPU s a step", "in all, CPU min", "fine-tuning, CPU min"] * ("cost" in table.shows)
-    lines = [_line(columns), _line(["---"] * len(columns))]
-    lines += [_line(_cells(table, rows, name)) for name in table.rows if name in rows]
+    cells = [_cells(table, rows, name) for name in table.rows if name in rows]
     missing = [name for name in table.rows if len(rows.get(name, ())) < table.seeds]
-    parts = [f"## {table.title}", f"The paper: {table.paper}", "\n".join(lines)]
+    parts = [f"## {table.title}", f"The paper: {table.paper}", markdown_table(columns, cells)]
     if missing:
         parts.append(f"Incomplete: {'; '.join(missing)}.")
     parts.append(_findings(table, rows))
     parts.append("\n".join(f"![{table.title}]({figure})" for figure in figures))
     return "\n\n".join(part for part in parts if part)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _cells(table: Table, rows: dict[str, Seeds], name: str) -> list[str]:
