@@ -19,10 +19,15 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def identity(model: nn.Module) -> str:
+def identity(model: nn.Module, *, modality: str | None = None) -> str:
     """A model's name and the start of the digest of its weights: "vit_t_mae3d.open_mix sha256:0123456789abcdef".
 
     Names alone would not do: what was fine-tuned from one encoder has one name, whatever the data were.
+
+    Args:
+        model: Which.
+        modality: What it is told that scans are, as which it computes something else; it follows as " for CT".
     """
     name = model.spec.name if getattr(model, "spec", None) is not None else type(model).__name__
-    return f"{name} sha256:{weights_digest(model)[:SHOWN]}"
+    told = f" for {modality}" if modality else ""
+    return f"{name} sha256:{weights_digest(model)[:SHOWN]}{told}"

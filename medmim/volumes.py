@@ -141,18 +141,32 @@ def find_scans(folder: str | Path) -> list[Path]:
     """Scans at any depth below a folder, sorted: files by their suffix, and folders of DICOM slices.
 
     Slices end in `.dcm`, or are known by what a file starts with. Names that start with a dot are passed over: macOS
-    puts such a file beside each scan on a disk of another system.
+    puts such a file beside each scan on a disk of another system. Links to folders are followed, into each folder once.
     """
     found: list[Path] = []
     unlisted: list[OSError] = []
-    for parent, folders, names in os.walk(folder, onerror=unlisted.append):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+    for parent, names in _walk(Path(folder), unlisted):
+        files = [parent / name for name in sorted(names) if not name.startswith(".")]
         found += [path for path in files if path.name.lower().endswith(SCAN_SUFFIXES) and _is_file_or_lost(path)]
         if _holds_slices([path for path in files if not path.name.lower().endswith(SCAN_SUFFIXES)]):
-            found.append(Path(parent))
+            found.append(parent)
     # What reads a folder that may not be listed says so.
     return sorted(found + [Path(error.filename) for error in unlisted if isinstance(error, PermissionError)])
+
+
+def _walk(folder: Path, unlisted: list[OSError]) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder at or below another, and the names in it; linked ones last, so that all have their own path first."""
+    todo, seen = [folder], set()
+    while todo:
+        for parent, folders, names in os.walk(todo.pop(0), onerror=unlisted.append):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            place = os.path.realpath(parent)
+            if place in seen:  # by a link, which may lead up
+                folders.clear()
+                continue
+            seen.add(place)
+            todo += [path for name in folders if (path := Path(parent, name)).is_symlink()]
+            yield Path(parent), names
 
 
 def _holds_slices(files: list[Path]) -> bool:

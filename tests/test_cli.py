@@ -430,10 +430,14 @@ def test_verify_has_a_line_for_each_and_an_exit_code(call, model, hub_folder, tm
     assert err.splitlines()[-1].startswith(f"medmim: error: 1 of {len(files)} are not as published")
 
 
-def test_verify_of_an_unknown_model_says_nothing_of_damage(call):
-    code, out, err = call("verify", "nope")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nope", "there is no model 'nope'"), ("hf-hub:org/nope", "the local hub {hub} has no model org/nope")],
+)
+def test_verify_of_what_is_not_there_says_nothing_of_damage(call, hub_folder, name, message):
+    code, out, err = call("verify", name, "--hub", hub_folder)
     assert (code, out) == (1, "")
-    assert err.startswith("medmim: error: there is no model 'nope'")
+    assert err.startswith(f"medmim: error: {message.format(hub=hub_folder)}")
     assert len(err.splitlines()) == 1
 
 
@@ -488,6 +492,8 @@ def test_a_gpu_is_used_where_there_is_one(call, model, tmp_path, command):
         (["export", "vit_t_mae3d", "--to", "onnx", "-o", "model.pt2"], "must end in .onnx"),
         (["export", "vit_t_mae3d", "--to", "torchscript", "-o", "model.pt"], "--to"),
         (["segment"], "segment"),
+        (["segment", "scan.nii.gz", "-o", ""], "an argument is empty ('')"),
+        (["list", "--hub="], "an argument is empty (--hub=)"),
     ],
 )
 def test_wrong_usage_exits_with_2(call, arguments, message, tmp_path, monkeypatch):

@@ -454,6 +454,9 @@ def test_segment_takes_nothing_of_another_model_for_done(call, segmenter, scans,
             err,
         )
         assert before == {path: path.read_bytes() for path in output.iterdir()}
+    code, _, err = call("segment", scan, "-m", segmenter, "-o", output, "--modality", "mr")  # as which it may differ
+    assert code == 1
+    assert re.search(r"another model, (\S+ sha256:\w{16}), and this is \1 for MR; choose another output", err)
     (output / "volumes.csv").unlink()  # the mask says of which model it is
     code, out, err = call("segment", scan, "-m", other, "-o", output)
     assert (code, out) == (1, f"{output}: 0 of 1 scans\n")

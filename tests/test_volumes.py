@@ -99,6 +99,27 @@ def test_scans_are_found_at_any_depth_by_suffix_and_slices_by_what_they_are(tmp_
         np.testing.assert_array_equal(load_volume(tmp_path / name).array[0], voxels())
 
 
+def test_linked_folders_are_followed_once(tmp_path):
+    for place in ("disk/a", "scans/b/inner", "scans/slices"):
+        (tmp_path / place).mkdir(parents=True)
+    for scan in ("disk/a/1.nii", "scans/b/inner/2.nii", "scans/slices/3.dcm"):
+        (tmp_path / scan).touch()
+    scans = tmp_path / "scans"
+    for link, target in (
+        ("a", tmp_path / "disk" / "a"),
+        ("a_again", tmp_path / "disk"),  # has another way to the same scan
+        ("b_link", "b/inner"),
+        ("b/inner/up", "../../.."),
+        ("b/inner/self", "."),
+        ("lost", "nowhere"),
+    ):
+        (scans / link).symlink_to(target)
+    found = [scans / name for name in ("a/1.nii", "b/inner/2.nii", "slices")]
+    assert find_scans(scans) == found
+    (tmp_path / "link").symlink_to("scans")
+    assert find_scans(tmp_path / "link") == [tmp_path / "link" / path.relative_to(scans) for path in found]
+
+
 def test_few_files_are_opened_to_look_for_slices(tmp_path, monkeypatch):
     for i in range(50):
         (tmp_path / f"{i}.txt").touch()

@@ -100,7 +100,7 @@ def _embedding_with(
     from medmim.inference import embed as embed_scan
 
     network = load_model(name)
-    made_by = identity(network)
+    made_by = identity(network, modality=modality)
 
     def embed_one(scan: Path, progress: Callable[[int, int], None]) -> Embedding:
         found = embed_scan(network, scan, modality=modality and modality.value, progress=progress)
@@ -132,7 +132,7 @@ def segment(
     masks = place_files(named, output, ".nii.gz")
     network = load_model(model)
     classes = segmented_classes(network)
-    made_by = identity(network)
+    made_by = identity(network, modality=modality)
     table = ScanTable(output / "volumes.csv", [f"{name} (ml)" for name in classes[1:]], model=made_by)
     without_row = table.without_row(named)
     left = {name: scan for name, scan in named.items() if name in without_row or not masks[name].is_file()}
@@ -170,7 +170,7 @@ def classify(
 
     named = name_scans(scans)
     network = load_model(model)
-    table = ScanTable(output, classified_classes(network), model=identity(network))
+    table = ScanTable(output, classified_classes(network), model=identity(network, modality=modality))
     left = table.without_row(named)
 
     def add_row(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:

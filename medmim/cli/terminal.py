@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ def run(app: typer.Typer) -> None:
 
     Typer itself exits with 2 for wrong usage.
     """
+    _refuse_empty(sys.argv[1:])
     try:
         app()
     except (MedmimError, OSError) as error:
@@ -67,6 +69,14 @@ def run(app: typer.Typer) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """An empty path is this folder: where a variable of a shell is not set, files would be written to it."""
+    empty = next((a for a in arguments if not a or re.fullmatch(r"--[\w-]+=", a)), None)
+    if empty is not None:
+        report(f"an argument is empty ({empty or repr(empty)}); give it a value, or leave its option out")
+        sys.exit(2)
 
 
 def report(error: MedmimError | OSError | str) -> None:

@@ -309,6 +309,21 @@ def test_classes_of_the_decathlon(tmp_path):
         find_classes(tmp_path, ())
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("background", "ball", "ball"), "two classes are called 'ball'"),  # whose scores would be one
+        (("background", "mean"), "no class may be called 'mean'"),
+    ],
+)
+def test_classes_whose_results_would_be_lost_are_refused(tmp_path, names, message):
+    with pytest.raises(SpecError, match=message):
+        find_classes(tmp_path, names)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": dict(enumerate(names))}))
+    with pytest.raises(SpecError, match=message):
+        find_classes(tmp_path, ())
+
+
 def test_labels_that_do_not_fit_are_refused(data, tmp_path):
     transform = VolumeTransform(make_recipe(data).volume, (1, 1, 1), fit="pad")
     case = find_cases(data)[0]

@@ -18,6 +18,7 @@ from medmim_training.engine import RECIPE_FILE
 from medmim_training.recipe import load_recipe
 from medmim_training.reproduce.experiment import FineTuningRun
 from medmim_training.reproduce.runner import Runner, cpu_seconds
+from medmim_training.tasks.cases import MEAN
 from medmim_training.tasks.evaluation import means_file
 from medmim_training.tasks.loop import SPLIT_FILE, VALIDATION_FILE
 from medmim_training.tasks.recipe import SegmentationRecipe
@@ -70,7 +71,7 @@ def _result(runner: Runner, run: FineTuningRun) -> Result:
     lines = read_text(folder / VALIDATION_FILE, LIST_BYTES).splitlines()
     curve = tuple((each["step"], each["dice"]) for each in map(json.loads, lines))
     validation, test = (
-        read_json(means_file(folder, side), CONFIG_BYTES)["results"]["mean"] for side in ("validation", "test")
+        read_json(means_file(folder, side), CONFIG_BYTES)["results"][MEAN] for side in ("validation", "test")
     )
     before, method = run.start, {}
     if before is not None:

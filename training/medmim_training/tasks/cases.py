@@ -24,6 +24,7 @@ from medmim.volumes import NIFTI_SUFFIXES, Volume, find_scans, load_volume
 from medmim_training.store.sources import DATASET, IMAGES
 
 LABELS, SPLITS = "labelsTr", "subjects.csv"
+MEAN = "mean"  # in results, beside the names of the classes
 FOLDS = 5
 SPLIT_WORDS = {"": "train", "train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
 TRAINS = -1  # in place of a fold, where the data says who validates: that of a case that never does
@@ -183,13 +184,21 @@ def find_classes(data: str | Path, given: Sequence[str]) -> tuple[str, ...]:
     """The names of the classes by label: those given, or those of the Decathlon's `dataset.json`.
 
     Raises:
-        SpecError: When there are none.
+        SpecError: When there are none, or two are alike, or one is what the mean over them is called in results.
     """
     path = Path(data) / DATASET
-    if given or not path.is_file():
-        if len(given) < 2:
-            raise SpecError(f"{data}: nothing names the classes; give classes=[background,NAME,...] in the recipe")
-        return tuple(given)
+    names = tuple(given) if given or not path.is_file() else _classes_of(path)
+    if len(names) < 2:
+        raise SpecError(f"{data}: nothing names the classes; give classes=[background,NAME,...] in the recipe")
+    if (twice := first_twice(names)) is not None:
+        raise SpecError(f"{data}: two classes are called {twice!r}; give each a name of its own with classes=")
+    if MEAN in names:
+        raise SpecError(f"{data}: no class may be called {MEAN!r}, as their mean is; give classes= in the recipe")
+    return names
+
+
+def _classes_of(path: Path) -> tuple[str, ...]:
+    """The names in a `dataset.json`."""
     try:
         names = {int(label): str(name) for label, name in read_json(path, LIST_BYTES)["labels"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -25,7 +25,7 @@ from medmim.spec import Modality
 from medmim.transforms import check_labels_place
 from medmim_training.engine import RECIPE_FILE
 from medmim_training.recipe import load_recipe
-from medmim_training.tasks.cases import Case, find_cases, load_labels, split_cases
+from medmim_training.tasks.cases import MEAN, Case, find_cases, load_labels, split_cases
 from medmim_training.tasks.loop import MODEL, SPLIT_FILE
 from medmim_training.tasks.metrics import Score, bootstrap_interval, mean_of_cases, score_case
 from medmim_training.tasks.peers import register_peers
@@ -131,11 +131,11 @@ def evaluate_segmenter(
 
 
 def means_of(scores: Sequence[Score]) -> dict[str, dict[str, Mean]]:
-    """Means over cases of each class, and under "mean" those of the cases' means over classes: by class and metric."""
+    """Means over cases of each class, and under `MEAN` those of the cases' means over classes: by class and metric."""
     by_class: dict[str, list[Score]] = {}
     for score in scores:
         by_class.setdefault(score.label, []).append(score)
-    by_class["mean"] = list(scores)
+    by_class[MEAN] = list(scores)
     return {
         label: {metric: Mean.of(mean_of_cases(chosen, metric)) for metric in ("dice", "hd95")}
         for label, chosen in by_class.items()
