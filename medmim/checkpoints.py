@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,6 @@ from medmim.limits import HEADER_BYTES
 
 SHARD_BYTES = 95_000_000  # git hosts refuse files of 100 MB
 BLOCK_BYTES = 2**24  # read at once; what a change of dtype needs beside the tensors
-HUGE_PAGE = 2**21
 LISTED = 6  # tensors named in an error, of each kind
 DTYPES = {
     "F64": torch.float64,
@@ -106,7 +104,7 @@ def _lay_out(path: Path) -> Iterator[tuple[_Block, dict[str, Tensor]]]:
                 break
             places[key] = size
             size += tensor.nbytes
-        memory = _memory(size)
+        memory = memoryview(np.empty(size, np.uint8))
         yield _Block(path, start, memory), {key: stored.pop(key).view(memory, at) for key, at in places.items()}
         start += size
 
@@ -134,18 +132,6 @@ class _Stored(NamedTuple):
         if not count:
             return torch.empty(self.shape, dtype=self.dtype)
         return torch.frombuffer(memory, dtype=self.dtype, count=count, offset=offset).view(self.shape)
-
-
-def _memory(size: int) -> memoryview:
-    """Uninitialised memory; in huge pages, where the system has them.
-
-    A new process gets its memory page by page as it touches it, which takes longer than reading a cached file.
-    """
-    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return memoryview(np.empty(size, np.uint8))
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
 
 
 def _read(block: _Block) -> None:
