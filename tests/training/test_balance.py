@@ -67,7 +67,14 @@ def test_every_kind_of_run_takes_it(recipe, finished, store, tmp_path):
         start_from_weights(method, again)
         return method.encoder
 
+    def fresh(gain):
+        section = {**recipe.model.model_dump(), "position_gain": gain}
+        again = Recipe.model_validate({**recipe.model_dump(), "model": section})
+        method = build_method(again)
+        start_from_weights(method, again)
+        return method.encoder
+
     package(finished[1], tmp_path, store=store, tag="synthetic", license="MIT", citation="@misc{none}")
-    for build in (segmenter, classifier, probed, continued):
+    for build in (segmenter, classifier, probed, fresh, continued):
         plain, balanced = (build(gain).patch_embed.proj.weight for gain in (1.0, 4.0))
         torch.testing.assert_close(balanced, plain / 4, msg=build.__name__)

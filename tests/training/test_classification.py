@@ -30,9 +30,10 @@ from medmim_training.tasks import probe as probing
 from medmim_training.tasks.cases import split_cases
 from medmim_training.tasks.classification import ClassificationTask
 from medmim_training.tasks.crops import ChangedVolumes
+from medmim_training.tasks.evaluation import evaluate_run
 from medmim_training.tasks.finetuning import finetune
 from medmim_training.tasks.labelled import find_labelled
-from medmim_training.tasks.loop import Run
+from medmim_training.tasks.loop import Run, claim_split
 from medmim_training.tasks.metrics import score_classes
 from medmim_training.tasks.recipe import ChangeSection, ClassificationRecipe, FineTuneRecipe, ProbeRecipe
 
@@ -165,6 +166,9 @@ def test_what_is_wrong_with_the_data_is_said(tmp_path, archive):
         find_labelled(path)
     write_list(path, ["a.nii.gz,0", "b.nii.gz,1000000000"])
     with pytest.raises(SpecError, match="label of b is none of the 2"):
+        find_labelled(path)
+    write_list(path, ["a.nii.gz,1", "b.nii.gz,2", "c.nii.gz,2"])
+    with pytest.raises(SpecError, match=r"list\.csv: its labels go up to 2, but none is 0; number the classes 0, 1"):
         find_labelled(path)
     write_list(path, [], "image")
     with pytest.raises(SpecError, match="needs the column label"):
@@ -356,6 +360,31 @@ def test_the_command(archive, tmp_path, monkeypatch, capfd):
     out = run_command(monkeypatch, capfd, "finetune", path, f"data={archive}", "-o", tmp_path / "run")
     assert "step 1: AUC" in out
     assert f"medmim classify SCAN -o classes.csv -m local-dir:{tmp_path / 'run' / 'model'}" in out
+
+
+def test_a_run_keeps_its_classes(tmp_path):
+    """With another name classes are numbered otherwise, and what was learned of one would count for another."""
+    rows = [f"{i}.nii.gz,{CLASSES[i % 2]},{'val' if i > 3 else 'train'}" for i in range(6)]
+    write_list(tmp_path / "list.csv", rows, "image,label,split")
+    for i in range(6):
+        nib.Nifti1Image(rod(i, thick=i % 2 == 0), np.eye(4)).to_filename(tmp_path / f"{i}.nii.gz")
+    recipe = make_recipe(tmp_path / "list.csv", classes=(), schedule={"steps": 1})
+    finetune(recipe, tmp_path / "run")
+    write_list(tmp_path / "list.csv", [row.replace("thick", "wide") for row in rows], "image,label,split")
+    with pytest.raises(
+        SpecError, match=r"split\.json: the run began with the classes thick, thin, and the data now has thin, wide"
+    ):
+        finetune(recipe, tmp_path / "run")
+    split = tmp_path / "run" / "split.json"
+    split.write_text(json.dumps({k: v for k, v in json.loads(split.read_text()).items() if k != "classes"}))
+    claim_split(split, ClassificationTask(recipe).split, ("thin", "wide"))  # of a medmim that did not note them
+
+
+def test_only_segmentation_is_measured_by_the_command_test(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "recipe.yaml").write_text(make_recipe("x").to_yaml())
+    with pytest.raises(SpecError, match="is a run of classification, and only segmentation is measured so"):
+        evaluate_run(tmp_path)
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------

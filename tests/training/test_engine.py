@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from medmim.errors import SpecError, WeightsError
 from medmim.spec import TrainingRecord
 from medmim_training import engine
-from medmim_training.checkpoint import CheckpointError, load_latest
+from medmim_training.checkpoint import CheckpointError, load_latest, save_checkpoint
 from medmim_training.engine import NonFiniteLossError, build_method, pretrain
 from medmim_training.preemption import Preempted
 from medmim_training.recipe import Recipe
@@ -239,6 +239,19 @@ def test_sigterm_saves_and_the_run_goes_on(finished, recipe, store, tmp_path):
     assert (tmp_path / "checkpoints" / "step-00000008.pt").is_file()
     resumed = pretrain(recipe, store, tmp_path).state_dict()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in finished[0].state_dict().items())
+
+
+def test_the_best_is_kept_on_a_disk_where_a_file_has_one_name(tmp_path, monkeypatch):
+    """As exFAT has it, and what some clouds mount."""
+
+    def refuse(*paths):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=1, best=step == 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "step-00000002.pt"]
+    assert torch.load(tmp_path / "best.pt", weights_only=True) == {"step": 1}
 
 
 def test_a_full_disk_loses_nothing(finished, recipe, store, tmp_path, monkeypatch):

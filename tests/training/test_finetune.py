@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -338,6 +339,19 @@ def test_labels_that_do_not_fit_are_refused(data, tmp_path):
         load_case(type(case)("x", case.image, other.label, "x"), transform, num_classes=3)
 
 
+def test_more_classes_than_a_byte_has_numbers(tmp_path):
+    write_case(tmp_path, "case_0", 0)
+    (case,) = find_cases(tmp_path)
+    stored = nib.load(case.label)
+    many = nib.Nifti1Image(np.asarray(stored.dataobj).astype(np.int16) * 149, stored.affine)
+    nib.save(many, case.label)
+    transform = VolumeTransform(make_recipe(tmp_path).volume, (1, 1, 1), fit="pad")
+    loaded = load_case(case, transform, num_classes=300)
+    assert loaded.labels.unique().tolist() == [0, 149, 298]
+    crops = LabelledCrops([loaded], (16, 24, 32), length=4, seed=0, settings=PLAIN)
+    assert {label for i in range(4) for label in crops[i]["labels"].unique().tolist()} == {0, 149, 298}
+
+
 # --- crops ------------------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +372,8 @@ def test_a_sample_is_decided_by_its_number():
         assert one["x"].shape == one["labels"].shape == (1, 16, 24, 24)
         assert all(torch.equal(one[key], two[key]) for key in one)
     assert not torch.equal(forwards[0]["x"], forwards[1]["x"])
+    elsewhere = pickle.loads(pickle.dumps(first))  # as a process that reads ahead gets them
+    assert all(torch.equal(elsewhere[4][key], forwards[4][key]) for key in forwards[4])
 
 
 def test_crops_hold_a_class_and_labels_stay_on_their_voxels():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from contextlib import closing
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from medmim.errors import SpecError
 from medmim_training import loading
-from medmim_training.loading import ReadError, Samples, batches
+from medmim_training.loading import ReadError, Samples, Tensors, batches
 
 CPU = torch.device("cpu")
 
@@ -35,6 +36,16 @@ class Numbered(Samples):
         return {"x": torch.full((1, 2, 3), float(index)), "index": torch.tensor(index)}
 
 
+class Held(Samples):
+    """Sample i is the sum of tensor i."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"sum": self.tensors[index].sum()}
+
+
 def read(samples: Samples, workers: int, order: range = range(3, 40, 2), size: int = 4) -> list[dict[str, Tensor]]:
     with closing(batches(samples, order, size=size, workers=workers, device=CPU)) as found:
         return [{name: tensor.clone() for name, tensor in batch.items()} for batch in found]
@@ -48,6 +59,20 @@ def test_batches_are_the_same_for_any_number_of_readers(workers):
     for batch in found:
         assert torch.equal(batch["x"], batch["index"].float()[:, None, None, None].expand(-1, 1, 2, 3))
     assert multiprocessing.active_children() == []
+
+
+def test_more_tensors_than_a_process_may_have_open_files():
+    tensors = [torch.full((1, 2 + i % 3, 3), float(i)) for i in range(300)]
+    sums = [tensor.sum().item() for tensor in tensors]
+    most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        found = read(Held(Tensors(tensors)), 2, range(300))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    assert torch.cat([batch["sum"] for batch in found]).tolist() == sums
+    assert [tensor.sum().item() for tensor in tensors] == sums
+    assert tensors[0].untyped_storage().data_ptr() == tensors[-1].untyped_storage().data_ptr()  # no second copy
 
 
 def test_a_run_that_is_done_reads_nothing():

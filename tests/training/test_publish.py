@@ -21,7 +21,7 @@ from medmim.spec import TrainingRecord, WeightsSpec
 from medmim_training.engine import build_method, pretrain
 from medmim_training.evaluate import evaluate_reconstruction
 from medmim_training.publish import _data_list_of, _write_data_list, package, write_picture
-from medmim_training.recipe import Recipe, ScheduleSection
+from medmim_training.recipe import MethodSection, Recipe, ScheduleSection
 from medmim_training.starting import start_from_weights
 from medmim_training.store.index import Store
 from medmim_training.store.sources import find_sources
@@ -149,6 +149,36 @@ def test_a_run_with_other_patches_takes_over_what_the_decoder_knows(folder, mode
     torch.testing.assert_close(fine[:, :, :, ::2], coarse.unflatten(4, (4, 2)).mean(-1))
     torch.testing.assert_close(fine[:, :, :, 1::2], fine[:, :, :, ::2])
     assert torch.equal(method.decoder.blocks[0].attn.qkv.weight, published.blocks[0].attn.qkv.weight)
+
+
+def published_method(recipe, folder, name: str, **args):
+    """A fresh method, saved as a run of it is published."""
+    method = build_method(recipe.model_copy(update={"method": MethodSection(name=name, args=args)}))
+    record = {**RECORD, "decoder_spec": method.decoder_spec}
+    medmim.save_pretrained(method.encoder, folder, decoder=method.decoder, weights=record)
+    return method
+
+
+def test_a_decoder_with_its_defaults_written_out_is_the_same(recipe, tmp_path):
+    decoder = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+    published = published_method(recipe, tmp_path, "mae", decoder=decoder).decoder.state_dict()
+    started = with_weights(recipe, f"local-dir:{tmp_path}").model_copy(
+        update={"seed": 1, "method": MethodSection(name="mae", args={"decoder": {**decoder, "mlp_ratio": 4.0}})}
+    )
+    method = build_method(started)
+    start_from_weights(method, started)
+    assert all(torch.equal(weight, published[name]) for name, weight in method.decoder.state_dict().items())
+
+
+def test_a_decoder_for_other_patches_that_cannot_be_fitted_starts_anew(recipe, tmp_path):
+    """That of SimMIM, when as much is hidden together as before."""
+    published_method(recipe, tmp_path, "simmim", unit=[8, 16, 8])
+    started = with_weights(recipe, f"local-dir:{tmp_path}", patch_size=[8, 16, 8])
+    started = started.model_copy(update={"method": MethodSection(name="simmim", args={"unit": [8, 16, 8]})})
+    method = build_method(started)
+    fresh = {name: weight.clone() for name, weight in method.decoder.state_dict().items()}
+    start_from_weights(method, started)
+    assert all(torch.equal(weight, fresh[name]) for name, weight in method.decoder.state_dict().items())
 
 
 def test_the_data_list_has_the_files_of_the_run_before_too(folder, store, tmp_path):

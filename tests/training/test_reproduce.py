@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 from contextlib import nullcontext
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import monai.apps.utils
@@ -22,6 +23,7 @@ from scipy import stats
 
 import medmim
 from medmim.errors import SpecError
+from medmim.spec import VolumeSpec
 from medmim_training import cli
 from medmim_training.fetch import FetchError, fetch_data
 from medmim_training.plan import make_plan
@@ -366,6 +368,41 @@ def test_peers_get_the_time_of_the_other_and_keep_it(pretend, experiment, shapes
     assert "schedule.steps=1800" in grid.command(runs["monai_unet"])
 
 
+def test_a_step_is_timed_after_the_warm_up_of_the_head(runs, monkeypatch):
+    """In it the encoder is not trained, and a step of most of the run takes longer."""
+    (recipe, *_) = (run.recipe for run in runs if isinstance(run, FineTuningRun))
+    timed = []
+
+    def finetune(recipe, folder, watch):
+        timed.append(recipe)
+        for step in range(1, 20):
+            watch(SimpleNamespace(cpu_seconds=3.0 * step, wall_seconds=3.0 * step))
+
+    monkeypatch.setattr(runner, "finetune", finetune)
+    assert runner.seconds_a_step(recipe.model_copy(update={"head_warmup": 50})) == 3
+    assert [each.head_warmup for each in timed] == [0]
+
+
+def store_of(experiment, data, folder, **rules) -> Store:
+    """What an experiment pretrains on, of one of its recipes with other rules of intensity."""
+    grid = Runner(experiment, data, folder, smoke=True)
+    (recipe, *_) = (run.recipe for run in grid.runs if isinstance(run, PretrainingRun))
+    volume = VolumeSpec.parse({"intensity": rules}, source="x")
+    return grid._store(recipe.model_copy(update={"volume": volume}))
+
+
+def test_pretraining_takes_scans_for_the_modality_that_is_named(experiment, shapes, tmp_path):
+    named = experiment.model_copy(update={"modality": "CT"})  # the shapes have no air, so they look like MR
+    window = {"kind": "window", "low": -1000, "high": 1000}
+    store = store_of(named, shapes, tmp_path, CT=window, MR={"kind": "zscore"})
+    assert {entry.modality for entry in store.entries} == {"CT"}
+
+
+def test_each_preprocessing_has_its_store(experiment, shapes, tmp_path):
+    stores = [store_of(experiment, shapes, tmp_path, MR={"kind": kind}) for kind in ("zscore", "percentile")]
+    assert stores[0].folder != stores[1].folder
+
+
 def test_data_without_a_test_is_refused(experiment, tmp_path):
     write_shapes(tmp_path, cases=4, tests=0)
     with pytest.raises(SpecError, match="no case is for the test"):
@@ -442,6 +479,12 @@ def test_the_paired_interval_is_that_of_the_t_test():
     single = paired_difference({0: 0.5}, {0: 0.25})
     assert (single.mean, single.is_told, math.isnan(single.low)) == (0.25, False, True)
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_what_a_run_does_not_have_is_left_out_of_the_page():
+    assert page._spread([1.0, 2.0], 2) == "1.50 ± 0.71"
+    assert page._spread([1.0], 2) == "1.00"
+    assert page._spread([math.nan, 1.0], 2) == "-"
 
 
 def test_steps_to_a_dice():

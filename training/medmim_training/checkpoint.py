@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -83,4 +84,7 @@ def _link(path: Path, target: Path) -> None:
     """Gives the same bytes a second name, so that the best checkpoint costs no room while it is also a new one."""
     with atomic_write(target) as temporary:
         temporary.unlink()
-        os.link(path, temporary)
+        try:
+            os.link(path, temporary)
+        except OSError:  # exFAT, and many disks over a network, have one name a file
+            shutil.copyfile(path, temporary)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import atexit
 import traceback
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from torch import Tensor, multiprocessing
@@ -41,6 +42,41 @@ class Samples(Dataset):
         """Writes sample `index` to `out`."""
         for name, tensor in self[index].items():
             out[name].copy_(tensor)
+
+
+class Tensors(Sequence[Tensor]):
+    """Tensors that samples are made of, which readers get in one piece of shared memory.
+
+    For each tensor of its own torch would hand over an open file, of which a process may have some thousand.
+
+    Args:
+        tensors: Of one type.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors, self.piece = list(tensors), None
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.tensors[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.piece is None:  # for the first reader; all others get the same
+            self.piece = _share(self.tensors[0].new_empty(sum(tensor.numel() for tensor in self.tensors)))
+            for tensor, part in zip(self.tensors, self._parts([tensor.shape for tensor in self.tensors]), strict=True):
+                part.copy_(tensor)
+                tensor.set_(part)  # so that there are not two of them, whoever else holds it
+        return {"piece": self.piece, "shapes": [tensor.shape for tensor in self.tensors]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.piece = state["piece"]
+        self.tensors = self._parts(state["shapes"])
+
+    def _parts(self, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        parts = self.piece.split([shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def batches(samples: Samples, order: range, *, size: int, workers: int, device: torch.device) -> Iterator[Batch]:
@@ -81,12 +117,16 @@ def batches(samples: Samples, order: range, *, size: int, workers: int, device: 
 
 
 def _ring(example: Batch, size: int) -> Batch:
+    return {name: _share(torch.empty(SLOTS, size, *t.shape, dtype=t.dtype)) for name, t in example.items()}
+
+
+def _share(tensor: Tensor) -> Tensor:
+    """Moves a tensor to memory that other processes can read."""
     try:
-        return {n: torch.empty(SLOTS, size, *t.shape, dtype=t.dtype).share_memory_() for n, t in example.items()}
+        return tensor.share_memory_()
     except RuntimeError as error:
-        megabytes = SLOTS * size * sum(tensor.nbytes for tensor in example.values()) / 2**20
         raise SpecError(
-            f"there are no {megabytes:.0f} MiB of shared memory for a process that reads crops "
+            f"there are no {tensor.nbytes / 2**20:.0f} MiB of shared memory for a process that reads crops "
             f"({str(error).splitlines()[0]}); give more (docker run --shm-size), or set workers to 0"
         ) from None
 

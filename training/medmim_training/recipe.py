@@ -34,8 +34,8 @@ class EncoderSection(Section):
     """Which encoder: a name of the catalog and arguments that differ from it.
 
     Attributes:
-        position_gain: How many times as much positions count as they did in the weights that training starts from
-            (see `balance`).
+        position_gain: How many times as much positions count as they did in the weights that training starts from,
+            which may be random (see `balance`).
     """
 
     name: str

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from medmim.arguments import defaults_of
 from medmim.errors import SpecError
-from medmim.factory import create_decoder, create_model
+from medmim.factory import create_decoder, create_model, decoder_class
 from medmim.layers.adapt import resize_patch_output
+from medmim.registry import as_arguments
 from medmim.spec import PartSpec, TrainingRecord
 from medmim_training.balance import raise_positions
 from medmim_training.recipe import Recipe
 from medmim_training.widening import WIDTH, widen_decoder, widen_encoder
 
+FITTED = ("encoder_dim", "grid_size", "patch_size")  # in which the decoder of a masked autoencoder may differ
+
 
 def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | None:
     """Gives a fresh method the weights that its recipe starts from, if any; returns the record of their training.
+
+    Positions count in the weights, or in the fresh ones, as much as the recipe says (see `balance`).
 
     The decoder that was published beside them is taken over, where the method has the same or, of a masked
     autoencoder, one for other patches or a wider encoder.
@@ -25,6 +33,7 @@ def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | No
     """
     model, seed = recipe.model, recipe.seed
     if model.weights is None:
+        raise_positions(method.encoder, model.position_gain)
         return None
     args = {key: value for key, value in model.args.items() if not (model.widen and key in WIDTH)}
     encoder = create_model(model.weights, pretrained=True, **args)
@@ -37,7 +46,7 @@ def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | No
     if weights is None:
         return None
     if method.decoder_spec is not None and weights.decoder_spec is not None:
-        state = _decoder_state(model.weights, weights.decoder_spec, method.decoder_spec, widen=model.widen)
+        state = _decoder_state(model.weights, weights.decoder_spec, method, widen=model.widen)
         if state is not None and model.widen:
             state = widen_decoder(state, method.encoder.num_features // encoder.num_features, seed=seed)
         if state is not None:
@@ -45,18 +54,25 @@ def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | No
     return weights.training
 
 
-def _decoder_state(name: str, published: PartSpec, wanted: PartSpec, *, widen: bool) -> dict[str, Tensor] | None:
-    """The weights of a published decoder, for the patches that are wanted; None where it is another network."""
-    if widen and published.kind != "mae":
+def _decoder_state(name: str, published: PartSpec, method: nn.Module, *, widen: bool) -> dict[str, Tensor] | None:
+    """The weights of a published decoder, for the patches of a method; None where that has another network."""
+    is_mae = published.kind == "mae"
+    if published.kind != method.decoder_spec.kind or (widen and not is_mae):
         return None
-    patches = [part.args.get("patch_size") for part in (published, wanted)]
-    same = [{**part.args, "patch_size": None} for part in (published, wanted)]
-    if published.kind != wanted.kind or same[0] != same[1]:
+    model = create_model(name, pretrained=True)
+    there, here = _settings(published, model), _settings(method.decoder_spec, method.encoder)
+    if any(there.get(key) != here.get(key) for key in {**there, **here} if not (is_mae and key in FITTED)):
         return None
-    state = create_decoder(create_model(name, pretrained=True)).state_dict()
-    if patches[0] == patches[1]:
+    state = create_decoder(model).state_dict()
+    if not is_mae or there["patch_size"] == here["patch_size"]:
         return state
     return state | {
-        f"to_voxels.{key}": resize_patch_output(state[f"to_voxels.{key}"], *map(tuple, patches))
+        f"to_voxels.{key}": resize_patch_output(state[f"to_voxels.{key}"], there["patch_size"], here["patch_size"])
         for key in ("weight", "bias")
     }
+
+
+def _settings(part: PartSpec, encoder: nn.Module) -> dict[str, Any]:
+    """All arguments that a decoder behind an encoder is built with."""
+    cls = decoder_class(part.kind)
+    return as_arguments({**defaults_of(cls), **cls.of_encoder(encoder), **part.args})

@@ -158,6 +158,8 @@ def _interval(found: Difference) -> str:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
+    if not all(map(math.isfinite, values)):  # of test cases that have no class, or a run whose metrics.jsonl is gone
+        return NOTHING
     mean = statistics.fmean(values)
     return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 

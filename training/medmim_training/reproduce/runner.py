@@ -6,6 +6,7 @@ processes may do so in one folder: each takes runs that no other has.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -26,7 +27,7 @@ from medmim.files import write_text
 from medmim.hub import CONFIG
 from medmim.limits import CONFIG_BYTES, LIST_BYTES, read_json, read_text
 from medmim.saving import save_pretrained
-from medmim.spec import VolumeSpec
+from medmim.spec import Modality, VolumeSpec
 from medmim_training.checkpoint import CheckpointError
 from medmim_training.engine import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, pretrain
 from medmim_training.preemption import Preempted, stop_requests
@@ -251,14 +252,16 @@ class Runner:
         shutil.rmtree(folder / CHECKPOINTS)  # several times the model, which stays
 
     def _store_folder(self, recipe: Recipe) -> Path:
-        spacing = recipe.volume.spacing
-        return self.folder / STORES / (("x".join(f"{step:g}" for step in spacing) if spacing else "own") + "mm")
+        """Of a preprocessing: what it is at a glance, and a digest of all of it."""
+        spacing, how = recipe.volume.spacing, [recipe.volume.to_data(), self.experiment.modality]
+        digest = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:8]
+        return self.folder / STORES / f"{'x'.join(f'{step:g}' for step in spacing) if spacing else 'own'}mm-{digest}"
 
     def _store(self, recipe: Recipe) -> Store:
         """The images of the training cases, and of no others: what validates and tests is not even seen unlabelled."""
         folder = self._store_folder(recipe)
         with self.claims.alone(folder.name):
-            return _prepared(self.split, folder, recipe.volume)
+            return _prepared(self.split, folder, recipe.volume, self.experiment.modality)
 
     # --- the same time ------------------------------------------------------------------------------------------------
 
@@ -297,7 +300,10 @@ class _Enough(Exception):
 
 
 def seconds_a_step(recipe: SegmentationRecipe) -> float:
-    """What a step costs here, crops included: CPU seconds, or on a GPU those of the clock; the median of a few."""
+    """What a step costs here, crops included: CPU seconds, or on a GPU those of the clock; the median of a few.
+
+    One after the warm-up of the head, in which the encoder is not trained and a step is cheaper.
+    """
     times = []
 
     def watch(report: Report) -> None:
@@ -307,6 +313,7 @@ def seconds_a_step(recipe: SegmentationRecipe) -> float:
 
     steps = UNTIMED_STEPS + TIMED_STEPS + 2  # never reached, so that nothing is validated
     changes: dict[str, Any] = {
+        "head_warmup": 0,
         "schedule": recipe.schedule.model_copy(update={"steps": steps, "warmup": 0}),
         "output": recipe.output.model_copy(update={"log_every": 1, "checkpoint_every": steps}),
     }
@@ -325,8 +332,9 @@ def _split(data: Path, recipes: Sequence[SegmentationRecipe]) -> Split:
     return split
 
 
-def _prepared(split: Split, folder: Path, volume: VolumeSpec) -> Store:
-    (modality,) = volume.intensity if len(volume.intensity) == 1 else (None,)
+def _prepared(split: Split, folder: Path, volume: VolumeSpec, modality: Modality | None) -> Store:
+    if modality is None and len(volume.intensity) == 1:
+        (modality,) = volume.intensity
     sources = [Source(case.image, case.image.name, modality) for case in split.training]
     _, refused = prepare(sources, folder, volume=volume)
     if refused:

@@ -65,7 +65,7 @@ class LoadedCase:
 
     Attributes:
         x: (C, D, H, W) float32 in network units.
-        labels: (D, H, W) uint8.
+        labels: (D, H, W) uint8, or int16 for more than 256 classes.
         spacing: In mm along (D, H, W).
     """
 
@@ -305,7 +305,8 @@ def load_case(case: Case, transform: VolumeTransform, *, num_classes: int) -> Lo
     """
     x = transform(case.image)
     labels = labels_on_grid(load_labels(case.label, num_classes=num_classes), like=x)
-    return LoadedCase(case.name, x.as_tensor(), labels.to(torch.uint8), tuple(x.pixdim.tolist()))
+    labels = labels.to(torch.uint8 if num_classes <= 256 else torch.int16)
+    return LoadedCase(case.name, x.as_tensor(), labels, tuple(x.pixdim.tolist()))
 
 
 def load_labels(path: Path, *, num_classes: int) -> Volume:

@@ -19,7 +19,7 @@ from monai.transforms import (
 from torch import Tensor
 
 from medmim.layers.tokens import Size
-from medmim_training.loading import Samples
+from medmim_training.loading import Samples, Tensors
 from medmim_training.tasks.cases import LoadedCase, pad_around
 from medmim_training.tasks.recipe import ChangeSection, CropSection
 
@@ -42,12 +42,10 @@ class LabelledCrops(Samples):
         self, cases: Sequence[LoadedCase], size: Size, *, length: int, seed: int, settings: CropSection
     ) -> None:
         self.size, self.length, self.seed, self.settings = size, length, seed, settings
-        self.cases = [
-            (pad_around(case.x, size, value=float(case.x.min()))[0], pad_around(case.labels[None], size, value=0)[0][0])
-            for case in cases
-        ]
+        self.volumes = Tensors(pad_around(case.x, size, value=float(case.x.min()))[0] for case in cases)
+        self.labels = Tensors(pad_around(case.labels[None], size, value=0)[0][0] for case in cases)
         generator = np.random.default_rng(0)
-        self.places = [_places_of_classes(labels, generator) for _, labels in self.cases]
+        self.places = [_places_of_classes(labels, generator) for labels in self.labels]
         self.change = _changes(settings, KEYS)
 
     def __len__(self) -> int:
@@ -56,8 +54,8 @@ class LabelledCrops(Samples):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Sample `index`: "x" (C, *size) float32, "labels" (1, *size) float32, and "case", its number."""
         generator = np.random.default_rng([self.seed, index])
-        case = int(generator.integers(len(self.cases)))
-        x, labels = self.cases[case]
+        case = int(generator.integers(len(self.volumes)))
+        x, labels = self.volumes[case], self.labels[case]
         crop = tuple(
             slice(start, start + side)
             for start, side in zip(self._start(case, labels.shape, generator), self.size, strict=True)
@@ -94,7 +92,7 @@ class ChangedVolumes(Samples):
     def __init__(
         self, volumes: Sequence[Tensor], classes: Sequence[int], *, length: int, seed: int, settings: ChangeSection
     ) -> None:
-        self.volumes, self.classes, self.length, self.seed = volumes, classes, length, seed
+        self.volumes, self.classes, self.length, self.seed = Tensors(volumes), classes, length, seed
         self.change = _changes(settings, ("x",))
 
     def __len__(self) -> int:

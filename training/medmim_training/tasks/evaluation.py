@@ -29,7 +29,7 @@ from medmim_training.tasks.cases import MEAN, Case, find_cases, load_labels, spl
 from medmim_training.tasks.loop import MODEL, SPLIT_FILE
 from medmim_training.tasks.metrics import Score, bootstrap_interval, mean_of_cases, score_case
 from medmim_training.tasks.peers import register_peers
-from medmim_training.tasks.recipe import SegmentationRecipe
+from medmim_training.tasks.recipe import FineTuneRecipe, SegmentationRecipe
 from medmim_training.tasks.segmentation import write_scores
 
 Side = Literal["validation", "test"]
@@ -59,7 +59,7 @@ def evaluate_run(
         report: Called with each case's name and None.
 
     Raises:
-        SpecError: For a run that is not finished, or data without such cases.
+        SpecError: For a run that is not finished or not of segmentation, or data without such cases.
         ScanError: For a case that cannot be read.
     """
     run = Path(run)
@@ -67,7 +67,12 @@ def evaluate_run(
         raise SpecError(f"{run}: no such folder; give that of a run of `medmim-train finetune`")
     if not (run / MODEL).is_dir():
         raise SpecError(f"{run}: no finished run ({MODEL} is missing); `medmim-train finetune` goes on with it")
-    recipe = load_recipe(str(run / RECIPE_FILE), kind=SegmentationRecipe)
+    recipe = load_recipe(str(run / RECIPE_FILE), kind=FineTuneRecipe)
+    if not isinstance(recipe, SegmentationRecipe):
+        raise SpecError(
+            f"{run}: is a run of {recipe.task}, and only segmentation is measured so; `medmim classify` gives the "
+            "probabilities of each scan"
+        )
     cases = cases_of(recipe, side)
     _check_unseen(run / SPLIT_FILE, cases, side)
     register_peers()

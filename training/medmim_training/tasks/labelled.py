@@ -29,8 +29,8 @@ def find_labelled(
         classes: Their names by number; empty takes the labels themselves, in order, or "class 0", ... for numbers.
 
     Raises:
-        SpecError: For data that does not exist or lacks something, a label that is no class, two classes of one name,
-            or fewer than two.
+        SpecError: For data that does not exist or lacks something, a label that is no class, numbers that leave one
+            out, two classes of one name, or fewer than two.
     """
     data = Path(data)
     if not data.is_file():
@@ -50,9 +50,15 @@ def find_labelled(
         names = [row.get("case") or case_name(image) for row, image in zip(rows, images, strict=True)]
         cases = [Case(*each, group=each[0]) for each in zip(names, images, numbers, strict=True)]
         cases = with_splits(cases, dict(zip(names, rows, strict=True)), splits, source=data)
-    # At most as many as there are cases: a number above is not that of a class.
-    count = min(max(numbers, default=-1) + 1, len(cases))
-    classes = tuple(classes) or tuple(f"class {i}" for i in range(count))
+    if not classes:
+        # At most as many as there are cases: a number above is not that of a class.
+        count = min(max(numbers, default=-1) + 1, len(cases))
+        unused = min(set(range(count)) - set(numbers), default=None)
+        if unused is not None and max(numbers) < count:
+            raise SpecError(
+                f"{data}: its labels go up to {max(numbers)}, but none is {unused}; number the classes 0, 1, ..."
+            )
+        classes = tuple(f"class {i}" for i in range(count))
     wrong = [case.name for case, number in zip(cases, numbers, strict=True) if not 0 <= number < len(classes)]
     if wrong:
         raise SpecError(f"{data}: the label of {wrong[0]} is none of the {len(classes)} classes")

@@ -54,12 +54,14 @@ class Task(ABC):
     Attributes:
         recipe: Of the run.
         split: Who trains, validates and stays out.
+        classes: Their names by label.
         model: What is trained; `spec.volume` says how scans are prepared.
         head: The parts of it that are new for the task; all others are the encoder's.
     """
 
     recipe: FineTuneRecipe
     split: Split
+    classes: Sequence[str]
     model: nn.Module
     head: Sequence[nn.Module]
 
@@ -100,15 +102,26 @@ def split_of(recipe: FineTuneRecipe, cases: Sequence[Case]) -> Split:
     return Split(chosen, split.validation, split.test)
 
 
-def claim_split(path: Path, split: Split) -> None:
+def claim_split(path: Path, split: Split, classes: Sequence[str] = ()) -> None:
     """Writes who is on which side; a run that is there already must have the same cases on the same sides.
 
+    Args:
+        path: The file.
+        split: Of the run.
+        classes: Names by label, where the run has its own; those of a run that is there must be the same.
+
     Raises:
-        SpecError: When it has others, of whom some that trained could validate now.
+        SpecError: When it has other cases, of whom some that trained could validate now, or other classes.
     """
     sides = {side.name: [case.name for case in getattr(split, side.name)] for side in fields(Split)}
     if path.is_file():
         before = read_json(path, LIST_BYTES)
+        known = before.get("classes", list(classes))  # a run of an older medmim has none, and is believed
+        if known != list(classes):
+            raise SpecError(
+                f"{path}: the run began with the classes {', '.join(known)}, and the data now has "
+                f"{', '.join(classes)}; put the data back as it was, or choose another folder"
+            )
         changed = [name for name, cases in sides.items() if sorted(cases) != sorted(before.get(name, ()))]
         if changed:
             raise SpecError(
@@ -116,7 +129,7 @@ def claim_split(path: Path, split: Split) -> None:
                 "back as it was, or choose another folder"
             )
     else:
-        write_text(path, json.dumps(sides, indent=1) + "\n")
+        write_text(path, json.dumps(sides | ({"classes": list(classes)} if classes else {}), indent=1) + "\n")
 
 
 class Run:
@@ -124,13 +137,14 @@ class Run:
 
     Args:
         task: What is trained, and for what.
-        folder: `recipe.yaml`, `split.json` (who trains and validates), `metrics.jsonl`, `validation.jsonl`,
-            `checkpoints/`, `pictures/` and, at the end, `model/`, the best one, which `medmim.from_pretrained` loads,
-            and `scores.csv`, how it does on each validation case. When it holds a checkpoint of the same recipe, the
-            run resumes there.
+        folder: `recipe.yaml`, `split.json` (who trains and validates, and the classes), `metrics.jsonl`,
+            `validation.jsonl`, `checkpoints/`, `pictures/` and, at the end, `model/`, the best one, which
+            `medmim.from_pretrained` loads, and `scores.csv`, how it does on each validation case. When it holds a
+            checkpoint of the same recipe, the run resumes there.
 
     Raises:
-        SpecError: For settings that cannot be used, or when the folder holds a run of another recipe or other cases.
+        SpecError: For settings that cannot be used, or when the folder holds a run of another recipe, other
+            cases or other classes.
         ScanError: For a case that cannot be read.
     """
 
@@ -165,7 +179,7 @@ class Run:
     def _claim(self) -> None:
         """Makes the folder this run's, or refuses that of another one."""
         claim(self.folder / RECIPE_FILE, self.recipe, kind=FineTuneRecipe)
-        claim_split(self.folder / SPLIT_FILE, self.task.split)
+        claim_split(self.folder / SPLIT_FILE, self.task.split, self.task.classes)
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Goes back to the newest checkpoint, if there is one; gives the state of its loss scaler."""
