@@ -9,6 +9,7 @@ from torch import nn
 
 from medmim.errors import SpecError
 from medmim.heads.segmenter import Segmenter
+from medmim.identity import uncompiled
 from medmim.inference import evaluating
 from medmim.transforms import create_transform
 
@@ -55,7 +56,7 @@ def classified_classes(model: nn.Module) -> tuple[str, ...]:
         SpecError: For a model that has no classifier, or one of a single output.
     """
     name = model.spec.name if model.spec is not None else type(model).__name__
-    if isinstance(model, Segmenter) or not model.num_classes:
+    if isinstance(uncompiled(model), Segmenter) or not model.num_classes:
         raise SpecError(f"{name} does not classify; `medmim-train finetune` makes a model that does")
     if model.num_classes == 1:
         raise SpecError(f"{name} has a single output, of which softmax makes 1 for any scan; use two classes or more")

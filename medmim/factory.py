@@ -99,6 +99,8 @@ def create_model(
             raise WeightsError(f"{name} needs the converter {weights.converter!r}, which this medmim lacks; update it")
         tensors = read_tensors(hub.fetch_encoder(place, weights))
         fill(model, args, family, stored, tensors, source=str(place), device=device, dtype=dtype)
+    if weights is not None and task is None:  # of another classifier than the stored one, but made for the same scans
+        weights = weights.model_copy(update={"volume": stored.volume})
     model.to(device=device, dtype=dtype).train(not loads)
     model.spec = stored.model_copy(update={"args": args, "weights": weights, "task": task})
     # Where files that belong to these weights (the decoder) will be looked for; a token is not kept in a model.

@@ -10,10 +10,15 @@ from torch import nn
 SHOWN = 16  # hexadecimal digits of a digest that people see
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, also of what `torch.compile` made of it: that is of another class, with other names inside."""
+    return getattr(model, "_orig_mod", model)
+
+
 def weights_digest(model: nn.Module) -> str:
     """The sha256 of all parameters and buffers that a file would store, with their names, in hexadecimal."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in uncompiled(model).state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

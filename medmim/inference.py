@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from medmim.errors import ScanError, SpecError, printable
 from medmim.files import atomic_write
 from medmim.heads.segmenter import Segmenter
+from medmim.identity import uncompiled
 from medmim.layers.tokens import Size
 from medmim.transforms import create_transform
 from medmim.windows import cover, covering_grid, crop_window
@@ -244,6 +245,7 @@ def check_embeddings(path: Path, *, name: str, scan: str, model: str) -> None:
 
 
 def _encoder(model: nn.Module) -> nn.Module:
+    model = uncompiled(model)
     return model.encoder if isinstance(model, Segmenter) else model
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
+ROUNDING = 2e-6  # of its value, by which resampling may raise a voxel of a constant background; seen: 6e-7
+
 SAMPLE_SIZE = 2_000_000  # voxels that statistics are taken from; at least 1/8 of it in a volume that is larger
 
 
@@ -96,8 +98,12 @@ def intensity_map(rule: Window | Percentile | ZScore, array: np.ndarray | torch.
 
 
 def _foreground_sample(array: np.ndarray) -> np.ndarray:
-    """Voxels of a regular sample that are above the volume's minimum; the whole sample when none is."""
+    """Voxels of a regular sample that are above the volume's minimum; the whole sample when none is.
+
+    Where the background is not 0, weights that do not add up to 1 to the last bit leave most of it above the minimum.
+    """
     stride = math.ceil((array.size / SAMPLE_SIZE) ** (1 / 3))
     sample = array[(..., *(slice(None, None, stride),) * min(3, array.ndim))]
-    above = sample[sample > array.min()]
+    low = float(array.min())
+    above = sample[sample > low + ROUNDING * abs(low)]
     return above if above.size else sample.reshape(-1)

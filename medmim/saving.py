@@ -17,6 +17,7 @@ from medmim.construction import construct, with_decoder
 from medmim.errors import MedmimError, SpecError, WeightsError
 from medmim.files import check_writable, to_path
 from medmim.heads.segmenter import Segmenter
+from medmim.identity import uncompiled
 from medmim.spec import ModelSpec, WeightsSpec
 
 # Arguments that a model's own methods change after it was built; the model's attributes of these names are current.
@@ -56,6 +57,7 @@ def save_pretrained(
         SpecError: For a record that lacks something or says something impossible.
         WeightsError: For a model that its spec does not describe, so that it could not be loaded back.
     """
+    model = uncompiled(model)
     current, task = current_spec(model), model.spec.task
     args = dict(current.args)
     family = registry.find_family(current.family, needed_by=current.name)

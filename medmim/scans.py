@@ -53,7 +53,7 @@ def as_volume(scan: Scan, grid_affine: np.ndarray) -> Volume:
 
 
 def _of_channels(paths: Sequence[str | PathLike]) -> Volume:
-    """One channel a file, all on the grid of the first; the modality is theirs where they agree."""
+    """One channel a file, all on the grid of the first; modalities that differ are told as "CT and PET"."""
     volumes = [load_volume(path) for path in paths]
     first = volumes[0]
     for other in volumes[1:]:
@@ -62,9 +62,10 @@ def _of_channels(paths: Sequence[str | PathLike]) -> Volume:
                 f"{other.name}: does not lie on {first.name} ({other.array.shape[1:]} voxels for "
                 f"{first.array.shape[1:]}, or another affine); resample one to the other"
             )
-    modalities = {volume.modality for volume in volumes}
+    known = [volume.modality for volume in volumes if volume.modality is not None]
+    modality = " and ".join(sorted(set(known))) if len(known) == len(volumes) else None
     array = np.concatenate([volume.array for volume in volumes])  # (C, D, H, W)
-    return Volume(array, first.affine, first.path, modalities.pop() if len(modalities) == 1 else None)
+    return Volume(array, first.affine, first.path, modality)
 
 
 def _of_image(image: SpatialImage) -> Volume:

@@ -20,6 +20,7 @@ from torch import Tensor
 from medmim.errors import ScanError, SpecError
 from medmim.files import atomic_write
 from medmim.heads.segmenter import Segmenter
+from medmim.identity import uncompiled
 from medmim.inference import evaluating
 from medmim.scans import AFFINE_TOLERANCE
 from medmim.transforms import create_transform
@@ -177,7 +178,7 @@ def segmented_classes(model: Segmenter) -> tuple[str, ...]:
     Raises:
         SpecError: For a model that is none.
     """
-    if not isinstance(model, Segmenter):
+    if not isinstance(uncompiled(model), Segmenter):
         name = model.spec.name if model.spec is not None else type(model).__name__
         raise SpecError(f"{name} does not segment; `medmim-train finetune` makes a model that does")
     return model.spec.task.classes

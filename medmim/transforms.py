@@ -37,11 +37,12 @@ def guess_modality(volume: Volume) -> str:
     """What the header says; without it "CT" when at least 1 % of the voxels are below -300 (air in HU), else "MR".
 
     PET is never guessed, and a CT stored with an offset (air at 0) looks like MR: name the modality in such cases.
+    Channels that differ, as those of PET/CT do, are "CT and MR", for which there is no rule.
     """
     if volume.modality:
         return volume.modality
-    sample = volume.array[:, ::4, ::4, ::4]
-    return "CT" if np.mean(sample < AIR) >= AIR_FRACTION else "MR"
+    samples = volume.array[:, ::4, ::4, ::4]
+    return " and ".join(sorted({"CT" if np.mean(sample < AIR) >= AIR_FRACTION else "MR" for sample in samples}))
 
 
 def to_grid(volume: Volume, spec: VolumeSpec) -> MetaTensor:
@@ -182,9 +183,10 @@ class VolumeTransform:
     def _modality_of(self, volume: Volume) -> str:
         modality = self.modality or guess_modality(volume)
         if modality not in self.spec.intensity:
+            alike = " and all channels are prepared alike" if len(volume.array) > 1 else ""
             raise ScanError(
                 f"{volume.name}: seems to be {modality}, but these weights were trained on "
-                f"{', '.join(self.spec.modalities)}; pass modality= if it is one of these"
+                f"{', '.join(self.spec.modalities)}{alike}; pass modality= if it is one of these"
             )
         return modality
 

@@ -84,6 +84,15 @@ def test_classifier_can_be_replaced(model, x):
 
 
 @every_model
+def test_a_pool_that_does_not_exist_is_refused(model, x):
+    features = model(x)
+    for pool in ("", "max"):  # timm's features without a pool, which another method gives here
+        with pytest.raises(ValueError, match=f"global_pool is '{pool}'; it must be 'avg'.*, forward_features goes"):
+            model.reset_classifier(0, pool)
+    assert torch.equal(model(x), features)
+
+
+@every_model
 def test_intermediates_have_the_channels_and_strides_they_say(model, x):
     final, maps = model.forward_intermediates(x)
     torch.testing.assert_close(final, model.forward_features(x))
@@ -178,6 +187,15 @@ def test_bf16_autocast_stays_close(model, x):
         low = model(x).float()
     high = model(x)
     assert (low - high).norm() < 0.1 * high.norm()
+
+
+@every_model
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_close(model, x, dtype):
+    high = model(x)
+    low = model.to(dtype)(x.to(dtype))
+    assert low.dtype == dtype
+    assert (low.float() - high).norm() < 0.1 * high.norm()
 
 
 @one_of_each_family

@@ -21,6 +21,7 @@ from medmim import segmentation
 from medmim.classification import classify
 from medmim.errors import ScanError, SpecError
 from medmim.heads.segmenter import Segmenter
+from medmim.identity import identity
 from medmim.segmentation import predict_labels, read_segmentation, segment
 from medmim.spec import VolumeSpec
 from medmim.volumes import Volume
@@ -253,6 +254,21 @@ def test_models_of_another_kind_are_refused():
             classify(model, "scan.nii.gz")
     with pytest.raises(SpecError, match=r"vit_t_mae3d has a single output, .*; use two classes or more"):
         classify(tiny_model(num_classes=1), "scan.nii.gz")
+
+
+def test_a_compiled_model_does_what_the_model_does(tmp_path):
+    scan = Volume(grid_of("RAS", (2.0, 2.0, 2.0))[0][None], np.eye(4))
+    model = medmim.create_segmenter("vit_t_mae3d", "light", num_classes=2, decoder_args=THIN["light"], **TINY["vit"])
+    compiled = torch.compile(model, backend="eager")
+    assert identity(compiled) == identity(model)
+    expected, result = (segment(each, scan, volume=VOLUME) for each in (model, compiled))
+    np.testing.assert_array_equal(result.labels, expected.labels)
+    expected, result = (medmim.embed(each, scan, volume=VOLUME).pooled for each in (model, compiled))
+    torch.testing.assert_close(result, expected)
+    medmim.save_pretrained(compiled, tmp_path)
+    assert identity(medmim.from_pretrained(tmp_path)) == identity(model)
+    with pytest.raises(SpecError, match="does not classify"):
+        classify(compiled, scan)
 
 
 # --- classification ---------------------------------------------------------------------------------------------------

@@ -323,6 +323,19 @@ def test_a_segmenter_from_a_fine_tuned_model_prepares_scans_as_that_one(kind, tm
     assert medmim.create_segmenter(stored, "linear", num_classes=2, pretrained=True, volume=other).spec.volume == other
 
 
+@pytest.mark.parametrize("args", [{"num_classes": 5}, {"num_classes": 0}])
+def test_another_classifier_on_a_fine_tuned_one_is_given_scans_as_that_one(args, tmp_path):
+    save_tiny(tmp_path / "encoder")
+    volume = VolumeSpec.parse({"spacing": [1, 1, 2], "intensity": {"MR": {"kind": "zscore"}}}, source="test")
+    tuned = medmim.from_pretrained(tmp_path / "encoder", num_classes=3)
+    medmim.name_classes(tuned, CLASSES, volume=volume)
+    medmim.save_pretrained(tuned, tmp_path / "tuned")
+    other = medmim.from_pretrained(tmp_path / "tuned", **args)
+    assert other.spec.task is None
+    assert medmim.create_transform(other).spec == volume
+    assert medmim.save_pretrained(other, tmp_path / "other").volume == volume
+
+
 @pytest.mark.parametrize("decoder", ["light", None])
 def test_a_model_for_a_task_that_is_built_anew_started_from_no_weights(decoder, tmp_path):
     save_tiny(tmp_path / "encoder")

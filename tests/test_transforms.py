@@ -16,6 +16,7 @@ from medmim.intensity import IntensityMap, intensity_map
 from medmim.spec import ModelSpec, Percentile, VolumeSpec, Window, ZScore
 from medmim.transforms import VolumeTransform, create_transform, guess_modality, to_grid
 from medmim.volumes import LPS_TO_RAS, Volume, load_volume
+from scans import write_dicom
 
 SHAPE = (41, 22, 33)
 AXES = {  # columns: the direction of each array axis, before a rotation of 10 degrees
@@ -146,6 +147,23 @@ def test_modality_that_is_not_covered_is_refused():
     assert VolumeTransform(spec, (8, 8, 8), modality="CT")(ramp_volume()).shape == (1, 8, 8, 8)
 
 
+def test_channels_of_two_modalities_have_no_rule(tmp_path):
+    generator = np.random.default_rng(0)
+    ct = np.where(generator.random(SHAPE) < 0.3, -1000, 100).astype(np.int16)
+    pet = generator.integers(0, 9, SHAPE).astype(np.int16)
+    transform = VolumeTransform(volume_spec(), (8, 8, 8), in_chans=2)
+    message = r"seems to be CT and {}, but .* on CT, MR, PET and all channels are prepared alike; pass modality="
+    with pytest.raises(ScanError, match=message.format("MR")):
+        transform(np.stack([ct, pet]))
+    stored = {"PT": pet, "CT": ct}
+    series = [write_dicom(tmp_path / code, array, np.eye(4), modality=code) for code, array in stored.items()]
+    with pytest.raises(ScanError, match=message.format("PET")):
+        transform(series)
+    assert VolumeTransform(volume_spec(), (8, 8, 8), in_chans=2, modality="PET")(series).shape == (2, 8, 8, 8)
+    assert guess_modality(Volume(np.stack([ct, ct + 1]), np.eye(4))) == "CT"
+    assert transform([series[0]] * 2).shape == (2, 8, 8, 8)
+
+
 # --- intensity --------------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +184,18 @@ def test_zscore_leaves_out_the_background():
     array[:, 15:] = np.random.default_rng(0).normal(50, 4, (1, 15, 20, 10))
     scaled = intensity_map(ZScore(), array).apply(array)[:, 15:]
     np.testing.assert_allclose([scaled.mean(), scaled.std()], [0, 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", [Percentile(), ZScore()])
+@pytest.mark.parametrize("offset", [100, -0.6123, -1024.5])
+def test_the_value_of_the_background_makes_no_difference(rule, offset):
+    array = np.zeros((1, 40, 44, 36), np.float32)
+    array[:, 12:30, 10:34, 8:28] = np.random.default_rng(0).gamma(4, 100, (1, 18, 24, 20))
+    spec = volume_spec(spacing=(2, 2, 2), intensity={"MR": rule})
+    transform = VolumeTransform(spec, (8, 8, 8), modality="MR", fit="pad")
+    affine = ramp_volume(spacing=(1.7, 2.5, 1.6)).affine  # not smoothed, so that only rounding differs
+    expected, x = (transform(Volume(array + np.float32(o), affine)).as_tensor() for o in (0, offset))
+    torch.testing.assert_close(x, expected, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("rule", [Percentile(), ZScore()])

@@ -25,6 +25,15 @@ from medmim.layers.sharing import Shareable
 from medmim.layers.tokens import Size, to_grid_size, to_size
 
 
+class AvgPool3d(nn.AvgPool3d):
+    """torch's, for models in half precision on a CPU as well, for which it has none; autocast has fp32 here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype.itemsize > 2 or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return super().forward(x.float()).to(x.dtype)
+
+
 class ResidualBlock(nn.Module):
     """Two convolutions and a shortcut: maps (B, in_chans, D, H, W) to (B, out_chans, D, H, W) over the stride.
 
@@ -37,7 +46,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = ConvNorm(out_chans, out_chans)
         self.shortcut = nn.Sequential()
         if stride != (1, 1, 1):
-            self.shortcut.append(nn.AvgPool3d(stride))
+            self.shortcut.append(AvgPool3d(stride))
         if in_chans != out_chans:
             self.shortcut.append(ConvNorm(in_chans, out_chans, kernel_size=1, bias=False))
 
@@ -170,9 +179,9 @@ class ResidualEncoder3D(FeatureMaps, Shareable, nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier by a new one for `num_classes` (0 for none), and the pooling when given."""
-        global_pool = global_pool or self.global_pool
+        global_pool = self.global_pool if global_pool is None else global_pool
         if global_pool != "avg":
-            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg'")
+            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg', forward_features goes without")
         self.num_classes, self.global_pool = num_classes, global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.to(self.stem.conv.weight)

@@ -376,9 +376,9 @@ class SwinTransformer3D(FeatureMaps, Shareable, nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier by a new one for `num_classes` (0 for none), and the pooling when given."""
-        global_pool = global_pool or self.global_pool
+        global_pool = self.global_pool if global_pool is None else global_pool
         if global_pool != "avg":
-            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg'")
+            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg', forward_features goes without")
         self.num_classes, self.global_pool = num_classes, global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.to(self.patch_embed.proj.weight)

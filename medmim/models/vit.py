@@ -178,7 +178,9 @@ class VisionTransformer3D(FeatureMaps, Shareable, nn.Module):
 
     def _reset_pool(self, global_pool: str) -> None:
         if global_pool not in ("avg", "token", "attn"):
-            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg', 'token' or 'attn'")
+            raise ValueError(
+                f"global_pool is {global_pool!r}; it must be 'avg', 'token' or 'attn', forward_features goes without"
+            )
         if global_pool == "token" and self.cls_token is None:
             raise ValueError("global_pool='token' needs class_token=True")
         self.global_pool, self.attn_pool = global_pool, None
