@@ -98,6 +98,16 @@ def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+def dicom_files(folder: Path) -> list[Path]:
+    """The files of a folder that say they are DICOM, not those of folders in it."""
+    return [path for path in _names_in(folder) if path.is_file() and _is_dicom(path)]
+
+
+def _names_in(folder: Path) -> list[Path]:
+    """What is in a folder, in the order of names; macOS puts files that start with a dot beside others."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 @contextmanager
 def _errors(path: Path) -> Iterator[None]:
     """Turns whatever pydicom meets in a broken file into a `ScanError`, and keeps it from printing warnings."""
@@ -155,9 +165,7 @@ def _series(folder: Path) -> tuple[dict[str, dict[Path, Dataset]], dict[str, Sca
     """
     series: dict[str, dict[Path, Dataset]] = {}
     damaged: dict[str, ScanError] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
+    for path in _names_in(folder):
         if path.name.lower().endswith(DICOM_SUFFIX) and not path.exists():
             damaged.setdefault("", ScanError(f"{path}: a link to a file that is not there; copy or export it again"))
         elif path.is_file() and _is_dicom(path):

@@ -135,6 +135,28 @@ def test_the_best_is_kept_from_the_first_checkpoint_on_though_nothing_is_reporte
     assert (tmp_path / "checkpoints" / "best.pt").is_file()
 
 
+def test_the_best_is_kept_where_a_file_cannot_have_two_names(recipe, store, tmp_path, monkeypatch):
+    """As on exFAT, network shares and mounted buckets."""
+
+    def refused(*args, **kwargs):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    pretrain(changed(recipe, schedule={"steps": 5}), store, tmp_path)
+    best, last = (tmp_path / "checkpoints" / name for name in ("best.pt", "step-00000005.pt"))
+    assert best.read_bytes() == last.read_bytes()
+
+
+def test_pictures_know_the_sides_of_the_patient(recipe, store, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(engine, "reconstruction_picture", lambda *args, **settings: drawn.append(settings))
+    volume = recipe.volume.model_copy(update={"orientation": "LPS"})
+    turned = Store(store.folder)
+    turned.volume = volume
+    pretrain(changed(recipe, volume=volume, schedule={"steps": 10}), turned, tmp_path)
+    assert [settings["orientation"] for settings in drawn] == ["LPS"]
+
+
 def test_bf16_trains(recipe, store, tmp_path, finished):
     pretrain(changed(recipe, precision="bf16"), store, tmp_path)
     torch.testing.assert_close(torch.tensor(losses(tmp_path)), torch.tensor(losses(finished[1])), rtol=0.05, atol=0)

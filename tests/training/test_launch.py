@@ -15,7 +15,7 @@ SCRIPT = FOLDER / "slurm.sh"
 
 # Stand-ins for Slurm's programs and ours: each notes how it was called.
 SRUN = """#!/bin/bash
-shift
+while [[ $1 == --* ]]; do echo "srun $1" >> "$LOG"; shift; done
 SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=4 "$@"
 """
 SCONTROL = """#!/bin/bash
@@ -52,6 +52,7 @@ def run_script(folder: Path, code: int) -> tuple[int, list[str]]:
         "CODE": str(code),
         "SLURM_JOB_ID": "123",
         "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_CPUS_PER_TASK": "10",
     }
     arguments = ["vit_b_mae3d", "--data", "my store", "-o", "run", "seed=1"]
     done = subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
@@ -66,7 +67,8 @@ def test_the_script_is_valid():
 def test_a_run_that_saved_itself_is_queued_again(tmp_path, code, queued_again):
     returned, calls = run_script(tmp_path, code)
     assert returned == code
-    assert calls[1] == (
+    assert "srun --cpus-per-task=10" in calls
+    assert (
         "medmim-train pretrain vit_b_mae3d --data my store -o run seed=1 at node-a:20123 as 3 of 4, 1 here"
-    )
+    ) in calls
     assert ("scontrol requeue 123" in calls) is queued_again

@@ -111,6 +111,19 @@ def test_the_encoder_gives_the_same_features_afterwards():
     assert torch.equal(encoder.forward_visible(x, everything), encoder.forward_features(x))
 
 
+def test_what_predicts_no_voxels_is_drawn_as_voxels_and_not_published():
+    """Of a perfect prediction of normalised patches, the picture is the scan."""
+    method, data = build(target="normalised"), batch()
+    method.decoder.predict = lambda encoder, x, idx_keep, idx_hidden: method.target.of(
+        gather_patches(x, idx_hidden, PATCH)
+    )
+    output = method(data, seeded())
+    assert output.loss == 0
+    torch.testing.assert_close(output.picture().prediction, data["x"][0, 0])
+    assert method.decoder_spec is None
+    assert build().decoder_spec.kind == "mae"
+
+
 def test_normalised_targets_survive_air():
     method = build(target="normalised", loss="mse")
     assert method({"x": torch.zeros(1, 1, 1, *SIZE)}, seeded()).loss.isfinite()

@@ -35,6 +35,16 @@ def test_activations_follow_the_batch_and_its_parts(recipe):
     assert make_plan(recipe, processes=4).activation_bytes == pytest.approx(whole / 4, rel=0.01)
 
 
+def test_fewer_bits_take_less_memory_however_large_the_batch(recipe):
+    """Weights are copied to bf16 once, not once a sample."""
+    wide = {"name": "vit_t_mae3d", "args": {**recipe.model.args, "embed_dim": 384}}  # weights outweigh activations
+    for batch_size in (1, 32):
+        many = Recipe.model_validate({**recipe.model_dump(), "model": wide, "batch_size": batch_size})
+        half = Recipe.model_validate({**many.model_dump(), "precision": "bf16"})
+        whole, plan = make_plan(many).activation_bytes, make_plan(half)
+        assert plan.activation_bytes < whole + 2 * plan.parameters
+
+
 def test_hours_are_arithmetic_over_rate(recipe):
     plan = make_plan(recipe)
     assert plan.hours(plan.flops_per_crop * plan.crops) * 3600 == pytest.approx(1)

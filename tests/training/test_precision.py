@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 
 from medmim_training.precision import resolve_precision
 
 
-@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_auto_is_what_the_processor_multiplies_in(monkeypatch, supported, expected):
+@pytest.mark.parametrize(
+    ("machine", "supported", "native", "expected"),
+    [
+        ("x86_64", True, True, "bf16"),
+        ("AMD64", True, False, "fp32"),  # AVX-512 that imitates it
+        ("x86_64", False, False, "fp32"),
+        ("aarch64", True, False, "bf16"),
+        ("aarch64", False, False, "fp32"),
+    ],
+)
+def test_auto_is_what_the_processor_multiplies_in(monkeypatch, machine, supported, native, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     assert resolve_precision("auto") == expected
 
 

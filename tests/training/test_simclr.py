@@ -19,6 +19,13 @@ def test_nt_xent_equals_monai():
     torch.testing.assert_close(nt_xent(first, second, temperature=0.5), ContrastiveLoss(temperature=0.5)(first, second))
 
 
+def test_nt_xent_is_not_rounded_under_autocast():
+    first, second = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = nt_xent(first, second, temperature=0.05)
+    assert torch.equal(rounded, nt_xent(first, second, temperature=0.05))
+
+
 def test_nt_xent_is_lowest_for_partners():
     first = torch.eye(6)
     aligned, crossed = nt_xent(first, first, temperature=0.1), nt_xent(first, first.roll(1, 0), temperature=0.1)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import math
+import os
+import re
 import shutil
+from dataclasses import replace
 
+import blosc2
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 
-from medmim.errors import SpecError
+from medmim.errors import MedmimError, OutputError, SpecError
+from medmim.intensity import IntensityMap
 from medmim.spec import VolumeSpec
 from medmim.transforms import VolumeTransform
+from medmim_training.store import prepare as prepare_module
 from medmim_training.store.crops import CropDataset
 from medmim_training.store.index import BLOCK, INDEX_FILE, PROBLEMS_FILE, Store, read_index
 from medmim_training.store.inspect import counts, draw_contact_sheet, draw_histograms
-from medmim_training.store.prepare import FOREGROUND, prepare
-from medmim_training.store.sources import find_sources
+from medmim_training.store.prepare import FOREGROUND, _identity, prepare
+from medmim_training.store.sources import Source, find_sources
+from scans import write_dicom
 from synthetic import write_scan
 
 SIZE = (16, 32, 24)
@@ -53,6 +61,97 @@ def test_preparing_again_adds_only_what_is_new(scans, tmp_path, recipe):
     assert prepare(sources, folder, volume=recipe.volume) == (1, 0)
     assert (folder / INDEX_FILE).read_text().startswith(before)
     assert len(Store(folder).entries) == 3
+
+
+def test_a_scan_of_which_the_list_says_something_else_is_prepared_anew(scans, tmp_path, recipe):
+    folder, path = tmp_path / "store", scans / "thorax.nii.gz"
+    guessed = Source(path, "thorax.nii.gz")
+    for source, modality in ((guessed, "CT"), (replace(guessed, modality="MR"), "MR"), (guessed, "MR")):
+        prepare([source, Source(scans / "small.nii.gz", "small.nii.gz")], folder, volume=recipe.volume)
+        small, thorax = Store(folder).entries
+        assert (small.modality, thorax.modality) == ("MR", modality)
+        # A rule of its own: the window of CT, or percentiles.
+        assert (thorax.high == 1000) is (modality == "CT")
+    assert prepare([replace(guessed, license="MIT")], folder, volume=recipe.volume) == (1, 0)
+    assert [entry.license for entry in Store(folder).entries] == ["", "MIT"]
+
+
+def test_two_series_of_the_same_name_are_two_scans(tmp_path, recipe):
+    """A series is called by its folder's place below the one that was prepared, which others may have, too."""
+    store = tmp_path / "store"
+    for hospital, value in (("a", 100), ("b", 200), ("a", 300)):
+        array = np.full((24, 24, 3), -1000, np.int16)
+        array[4:20, 4:20] = value
+        (tmp_path / hospital).mkdir(exist_ok=True)
+        write_dicom(tmp_path / hospital / "ct", array, np.diag([2.0, 2.0, 2.0, 1.0]))
+        assert prepare(find_sources(tmp_path / hospital), store, volume=recipe.volume) == (1, 0)
+        assert prepare(find_sources(tmp_path / hospital), store, volume=recipe.volume) == (0, 0)
+    assert sorted(entry.percentiles[-1] for entry in Store(store).entries) == [100, 200, 300]
+    # An older medmim noted no digest; what it has is there.
+    older = Store(store).entries[0].to_data() | {"sha256": None}
+    (store / INDEX_FILE).write_text(json.dumps(older) + "\n")
+    assert prepare(find_sources(tmp_path / "b"), store, volume=recipe.volume) == (0, 0)
+
+
+def test_a_z_score_does_not_take_the_darker_half_of_the_tissue_for_background(tmp_path, recipe):
+    """Its 0 is the mean of the tissue; what it passes over, the minimum, is background."""
+    volume = VolumeSpec.parse({**recipe.volume.to_data(), "intensity": {"MR": {"kind": "zscore"}}}, source="test")
+    array = np.zeros((30, 30, 30), np.int16)
+    array[3:27, 3:27, 3:27] = 100  # cortex
+    array[9:21, 9:21, 9:21] = 1000
+    nib.Nifti1Image(array, np.diag([2.0, 2.0, 2.0, 1.0])).to_filename(tmp_path / "brain.nii.gz")
+    prepare(find_sources(tmp_path), tmp_path / "store", volume=volume)
+    (entry,) = Store(tmp_path / "store").entries
+    assert (entry.shape, entry.offset, entry.foreground) == ((24,) * 3, (3,) * 3, 24**3)
+
+
+def test_a_scan_that_may_not_be_read_does_not_stop_the_others(scans, tmp_path, recipe, monkeypatch):
+    digest = prepare_module.sha256_of
+
+    def refused(path):
+        if path.name == "large.nii.gz":  # tests may run as one who may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return digest(path)
+
+    monkeypatch.setattr(prepare_module, "sha256_of", refused)
+    told = []
+    assert prepare(
+        find_sources(scans), tmp_path, volume=recipe.volume, report=lambda name, problem: told.append(problem)
+    ) == (2, 1)
+    assert re.fullmatch(r".*large\.nii\.gz: cannot be read \(Permission denied\); .*", told[0])
+
+
+def test_a_full_disk_ends_the_preparation_in_a_sentence(scans, tmp_path, recipe, monkeypatch):
+    def refused(*args, **kwargs):
+        raise RuntimeError("Error while creating the NDArray")  # what blosc2 makes of a full disk
+
+    sources = find_sources(scans)
+    prepare(sources[:1], tmp_path, volume=recipe.volume)
+    monkeypatch.setattr(blosc2, "asarray", refused)
+    with pytest.raises(OutputError, match=r"\.b2nd: cannot be written .*make room, and the same command goes on"):
+        prepare(sources, tmp_path, volume=recipe.volume)
+    assert len(Store(tmp_path).entries) == 1
+    assert len(list((tmp_path / "volumes").iterdir())) == 1
+
+
+class Deadly:
+    """Ends the process that reads it from a pipe, as the system ends one that takes too much memory."""
+
+    name = "deadly"
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_process_that_is_killed_is_told_in_a_sentence(tmp_path, recipe):
+    with pytest.raises(MedmimError, match="take fewer workers, and the same command goes on"):
+        prepare([Deadly()], tmp_path, volume=recipe.volume, workers=2)
+
+
+def test_names_of_arrays_differ_for_as_many_scans_as_there_may_be():
+    """Thousands of scans are called "ct.nii.gz", each in its folder: 32 bits would not tell so many apart."""
+    names = [f"{case}/ct.nii.gz" for case in range(200_000)]
+    assert len({_identity(name, None) for name in names}) == len(names)
 
 
 def test_a_line_cut_short_is_done_again(scans, tmp_path, recipe):
@@ -94,6 +193,20 @@ def test_other_preprocessing_is_refused(store, recipe):
         store.check(other)
     with pytest.raises(SpecError, match="other preprocessing"):
         prepare([], store.folder, volume=other)
+
+
+def test_statistics_are_never_taken_from_what_is_left_of_a_scan(store, recipe):
+    """At use they are taken from the whole scan, air included; a window needs none."""
+    intensity = recipe.volume.to_data()["intensity"]
+    wider, other = (
+        VolumeSpec.parse({**recipe.volume.to_data(), "intensity": intensity | changes}, source="test")
+        for changes in ({"CT": {"kind": "window", "low": -200, "high": 300}}, {"MR": {"kind": "zscore"}})
+    )
+    store.check(wider)
+    thorax = next(i for i, entry in enumerate(store.entries) if entry.modality == "CT")
+    assert store.intensity(thorax, wider) == IntensityMap(-200, 300, clip=True)
+    with pytest.raises(SpecError, match=r"percentile, low 0\.5, high 99\.5 for MR but the recipe says kind zscore"):
+        store.check(other)
 
 
 def test_a_folder_that_is_no_store_is_named(tmp_path):
@@ -278,6 +391,20 @@ def test_of_a_decathlon_folder_the_scans_are_taken_that_are_no_test(tmp_path):
 
     (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "numTraining": 2}))  # of nnU-Net
     assert [(s.name[-8], s.modality) for s in find_sources(folder)] == [("a", "CT"), ("b", "CT")]
+
+
+def test_of_an_nnunet_folder_each_file_has_the_modality_of_its_channel(tmp_path):
+    names = [f"imagesTr/{case}_000{channel}.nii.gz" for case in "ab" for channel in (0, 1)]
+    folder = decathlon_folder(tmp_path, *names)
+    expected = [(name, modality) for name, modality in zip(names, ["CT", "PET"] * 2, strict=True)]
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT", "1": "PET"}}))
+    assert [(s.name, s.modality) for s in find_sources(folder)] == expected
+    # The first nnU-Net listed cases, by names that are of no file.
+    listed = {"modality": {"0": "CT", "1": "PET"}, "training": [{"image": f"./imagesTr/{c}.nii.gz"} for c in "ab"]}
+    (folder / "dataset.json").write_text(json.dumps(listed))
+    assert [(s.name, s.modality) for s in find_sources(folder)] == expected
+    (folder / "dataset.json").write_text(json.dumps({"modality": {"0": "MRI"}, "training": [f"./{names[1]}"]}))
+    assert [s.modality for s in find_sources(folder)] == ["MR"]  # the first channel of case 1
 
 
 @pytest.mark.parametrize("text", ["US", "MG", "x-ray"])

@@ -38,11 +38,14 @@ def main(
     if not torch.cuda.is_available():
         keep_freed_memory()  # as `medmim-train pretrain` does
     networks = [Network(side=side, width=width, heads=width // 64) for side in SIDES]
-    plans = [make_plan(_recipe(network, precision)) for network in networks]
+    plans = {
+        (batch, network): make_plan(_recipe(network, precision, batch)) for batch in BATCHES for network in networks
+    }
     start, speed = time.monotonic(), math.inf
     rows, left_out = [], []
     for batch in BATCHES:
-        for network, plan in zip(networks, plans, strict=True):
+        for network in networks:
+            plan = plans[batch, network]
             flops, left = plan.flops_per_crop * batch, seconds - (time.monotonic() - start)
             if flops / speed > min(longest, left / 3):  # one step to warm up, one that counts, one to see what it does
                 left_out.append(f"{batch} x {network.side} cubed")
@@ -58,7 +61,7 @@ def main(
                     "seconds": taken,
                     "tokens_per_second": round(tokens / taken),
                     "gflops": round(speed / 1e9, 1),
-                    "activation_megabytes": plan.activation_bytes * batch >> 20,
+                    "activation_megabytes": plan.activation_bytes >> 20,
                     "state_megabytes": plan.state_bytes >> 20,
                     "time_goes_to": breakdown(step),
                 }
@@ -67,10 +70,10 @@ def main(
     write_result(out, {"what": what, "precision": precision, "steps": rows, "left_out": left_out})
 
 
-def _recipe(network: Network, precision: str) -> Recipe:
-    """One crop a step; the decoder of this recipe is the network's."""
+def _recipe(network: Network, precision: str, batch: int) -> Recipe:
+    """So many crops a step; the decoder of this recipe is the network's."""
     args = f"{{img_size: {[network.side] * 3}, embed_dim: {network.width}, num_heads: {network.heads}}}"
-    return load_recipe("small/vit_b_mae3d", [f"model.args={args}", "batch_size=1", f"precision={precision}"])
+    return load_recipe("small/vit_b_mae3d", [f"model.args={args}", f"batch_size={batch}", f"precision={precision}"])
 
 
 def _seconds_of(step: Callable[[], None]) -> float:

@@ -24,8 +24,9 @@ export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=1
 
 trap : TERM # is for the processes; this shell has to outlive them
 code=0
-# Once one process has ended, the others get a minute: they end by themselves unless it crashed.
-srun --wait=60 bash -c '
+# Once one process has ended, the others get a minute: they end by themselves unless it crashed. Since Slurm 22.05 srun
+# has to be told again of the cores, or all that reads crops shares one with the process that trains.
+srun --wait=60 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     exec medmim-train pretrain "$@"
 ' pretrain "$@" || code=$?

@@ -294,9 +294,9 @@ class _Run:
     def _draw(self, step: _Step, done: int) -> None:
         if step.output.picture is None:
             return
-        path = self.folder / PICTURES / f"step-{done:08d}.png"
-        spacing = self.recipe.volume.spacing or (1.0, 1.0, 1.0)
-        reconstruction_picture(step.output.picture(), path, spacing=spacing)
+        path, volume = self.folder / PICTURES / f"step-{done:08d}.png", self.recipe.volume
+        spacing = volume.spacing or (1.0, 1.0, 1.0)
+        reconstruction_picture(step.output.picture(), path, spacing=spacing, orientation=volume.orientation)
 
     def _save(self, done: int) -> None:
         state = {

@@ -30,7 +30,8 @@ class Plan:
         encoder_parameters: Of what is published.
         parameters: Of all that is trained.
         flops_per_crop: Forward and backward, matrix products and attention, as torch's counter has them.
-        activation_bytes: Kept for the backward pass of one process's part of a batch.
+        activation_bytes: Kept for the backward pass of one process's part of a batch, copies of the weights in the
+            number format of the arithmetic included.
         state_bytes: Weights, gradients and the two moments of Adam in float32, and the average where there is one.
         crops: Of the whole run.
     """
@@ -48,7 +49,7 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, *, processes: int = 1) -> Plan:
-    """Traces two samples forward and backward, and counts.
+    """Traces two samples and four forward and backward, and counts.
 
     Args:
         recipe: What is to be trained.
@@ -59,8 +60,10 @@ def make_plan(recipe: Recipe, *, processes: int = 1) -> Plan:
     encoder = method.encoder
     with FakeTensorMode(allow_non_fake_inputs=True):  # which the meta tensors are
         method.to_empty(device="cpu")
-        x = torch.empty(SAMPLES, method.views.count, encoder.in_chans, *encoder.img_size)
-        flops, saved = _count(method, {"x": x}, recipe)
+        x = torch.empty(2 * SAMPLES, method.views.count, encoder.in_chans, *encoder.img_size)
+        flops, saved = _count(method, {"x": x[:SAMPLES]}, recipe)
+        _, saved_of_more = _count(method, {"x": x}, recipe)
+    per_sample = (saved_of_more - saved) // SAMPLES  # the rest, copies of weights, is there once for any number
     per_process = math.ceil(recipe.batch_size / recipe.accumulate / processes)
     parameters = sum(parameter.numel() for parameter in method.parameters())
     copies = 4 if recipe.ema is None else 5
@@ -68,7 +71,7 @@ def make_plan(recipe: Recipe, *, processes: int = 1) -> Plan:
         encoder_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         parameters=parameters,
         flops_per_crop=flops // SAMPLES,
-        activation_bytes=saved // SAMPLES * per_process,
+        activation_bytes=saved + per_sample * (per_process - SAMPLES),
         state_bytes=copies * 4 * parameters,
         crops=recipe.schedule.steps * recipe.batch_size,
     )

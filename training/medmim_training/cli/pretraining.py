@@ -32,7 +32,7 @@ def pretrain(
 ) -> None:
     """Pretrains an encoder; resumes where an interrupted run stopped.
 
-    Example: `medmim-train pretrain small/vit_t_mae3d --data store -o runs/vit_t schedule.steps=100`
+    Example: `medmim-train pretrain small/vit_t_mae3d --data store -o runs/vit_t schedule.steps=100 schedule.warmup=10`
     """
     from medmim_training.recipe import load_recipe
 

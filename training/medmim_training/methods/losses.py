@@ -46,7 +46,8 @@ def nt_xent(first: Tensor, second: Tensor, *, temperature: float) -> Tensor:
     """
     own = F.normalize(torch.cat([first, second]).float(), dim=1)  # (2B, C)
     rank, every = _gather(own)  # (R * 2B, C)
-    similarity = own @ every.T / temperature  # (2B, R * 2B)
+    with torch.autocast(own.device.type, enabled=False):  # which would round what the temperature is to magnify
+        similarity = own @ every.T / temperature  # (2B, R * 2B)
     batch, offset = len(first), rank * len(own)
     index = torch.arange(len(own), device=own.device)
     similarity = similarity.scatter(1, (index + offset)[:, None], float("-inf"))  # nobody is its own partner

@@ -23,7 +23,7 @@ class MAE(MaskedModelling):
         encoder: A token encoder with `forward_visible`.
         ratio: Share of the tokens to hide, exactly `int(ratio * N)` of each sample.
         hiding: Other arguments of `Hiding`, such as {"rule": "block"}.
-        target: "voxels" (raw, as Chen et al.) or "normalised" per patch (as He et al.).
+        target: "voxels" (raw, as Chen et al.) or "normalised" per patch (as He et al.; the encoder is published alone).
         loss: "l1" (as Chen et al.) or "mse" (as He et al.), mean over the voxels of hidden patches.
         decoder: Arguments of `MAEDecoder`: embed_dim, depth, num_heads.
 

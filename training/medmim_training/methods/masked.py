@@ -32,7 +32,7 @@ class MaskedModelling(nn.Module):
         decoder: Which pretraining decoder predicts for it, and the arguments that the encoder does not decide.
         ratio: Share of the units to hide, exactly `int(ratio * N)` of each sample.
         hiding: Other arguments of `Hiding`, such as {"rule": "block"}.
-        target: One of `TARGETS`, what is predicted of a unit.
+        target: One of `TARGETS`, what is predicted of a unit; a decoder that predicts no voxels is not published.
         loss: One of `LOSSES`, mean over the voxels of hidden units.
 
     Raises:
@@ -56,7 +56,9 @@ class MaskedModelling(nn.Module):
         cls = decoder_class(decoder.kind)
         check_arguments(decoder.args, cls, name=f"the decoder {decoder.kind}", key="method.args.decoder")
         check_arguments(hiding or {}, Hiding, name="a hiding rule", key="method.args.hiding")
-        self.encoder, self.decoder_spec = encoder, decoder
+        self.encoder = encoder
+        # What reads a published decoder takes its output for voxels.
+        self.decoder_spec = decoder if target == "voxels" else None
         self.decoder = cls(**{**cls.of_encoder(encoder), **decoder.args})
         count_hidden(math.prod(to_grid_size(encoder.img_size, self.decoder.unit)), ratio)
         self.hiding = Hiding(ratio=ratio, **(hiding or {}))
@@ -78,10 +80,11 @@ class MaskedModelling(nn.Module):
         x, unit = batch["x"].flatten(0, 1), self.decoder.unit  # (B, C, D, H, W)
         idx_keep, idx_hidden = self.hiding(x, unit, generator=generator)
         predicted = self.decoder.predict(self.encoder, x, idx_keep, idx_hidden).float()  # (B, M, V)
-        target = self.target(gather_patches(x, idx_hidden, unit))
+        hidden = gather_patches(x, idx_hidden, unit)
+        target = self.target.of(hidden)
         loss = hidden_loss(self.loss, predicted, target, inside_scan(batch, idx_hidden, unit))
 
         def picture() -> Reconstruction:
-            return paste(x, predicted, idx_hidden, unit)
+            return paste(x, self.target.to_voxels(predicted, hidden), idx_hidden, unit)
 
         return MethodOutput(loss, picture=picture)

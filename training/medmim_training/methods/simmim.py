@@ -27,7 +27,7 @@ class SimMIM(MaskedModelling):
         ratio: Share of the units to hide, exactly `int(ratio * N)` of each sample.
         hiding: Other arguments of `Hiding`, such as {"rule": "block"}.
         unit: Voxels along (D, H, W) that are hidden together, a multiple of the encoder's patch; None for one patch.
-        target: "voxels" or "normalised" per unit.
+        target: "voxels", or "normalised" per unit (then the encoder is published alone).
         loss: "l1" or "mse", mean over hidden voxels.
 
     Raises:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -16,11 +15,11 @@ import numpy as np
 from einops import rearrange
 from pydantic import Field, model_validator
 
-from medmim.errors import SpecError
+from medmim.errors import OutputError, SpecError
 from medmim.files import atomic_write, write_text
-from medmim.intensity import IntensityMap, intensity_map
+from medmim.intensity import IntensityMap
 from medmim.limits import CONFIG_BYTES, LIST_BYTES, VOXELS, parse_json, read_json, read_text
-from medmim.spec import Modality, Record, Size, Spacing, VolumeSpec
+from medmim.spec import Intensity, Modality, Record, Size, Spacing, VolumeSpec, Window
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 BLOCK = 16  # side of what the index says of where the foreground is
@@ -38,7 +37,8 @@ class StoreEntry(Record):
     Attributes:
         id: File name of the array without its suffix.
         source: Path of the scan, relative to the data list or folder that was prepared.
-        sha256: Of the scan's file; None for a folder of DICOM slices.
+        sha256: Of the scan's file; for a folder of DICOM slices of their sha256s, sorted, one behind the other; None
+            for such a folder in a store of an older medmim.
         shape: (D, H, W) as stored, after cropping to the foreground.
         offset: Where the crop starts in the resampled volume, in voxels.
         spacing: Of the scan before resampling, in mm, along the scan's own axes.
@@ -113,22 +113,23 @@ class Store:
         return open_array(self.folder / VOLUMES / f"{entry.id}.b2nd", (entry.channels, *entry.shape))
 
     def intensity(self, position: int, volume: VolumeSpec) -> IntensityMap:
-        """The map from stored values to network units that `volume` prescribes for volume number `position`."""
+        """The map from stored values to network units that `volume` prescribes for volume number `position`.
+
+        Args:
+            position: Number of the volume.
+            volume: One that `check` lets pass.
+        """
         entry = self.entries[position]
         rule = volume.intensity[entry.modality]
         if rule == self.volume.intensity.get(entry.modality):
             return entry.intensity
-        return self._other_intensity(position, rule)
+        return IntensityMap(rule.low, rule.high, clip=True)
 
     def digest(self) -> str:
         """The sha256 of what the store holds: which scans, and how they were prepared."""
         scans = [[e.id, e.source, e.sha256, e.modality, e.channels, e.shape, e.offset] for e in self.entries]
         text = json.dumps([self.volume.to_data(), scans], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-    @cache  # noqa: B019 - a store lives as long as the run
-    def _other_intensity(self, position: int, rule) -> IntensityMap:
-        return intensity_map(rule, read_array(self.array(position)))
 
     def check(self, volume: VolumeSpec) -> None:
         """Raises SpecError when volumes prepared for this store cannot be used as `volume` says."""
@@ -139,11 +140,26 @@ class Store:
                     f"{self.folder}: prepared with {field} {here} but the recipe says {wanted}; "
                     f"prepare another store, or set volume.{field} in the recipe"
                 )
-        missing = {entry.modality for entry in self.entries} - set(volume.modalities)
+        present = {entry.modality for entry in self.entries}
+        missing = present - set(volume.modalities)
         if missing:
             raise SpecError(
                 f"{self.folder}: holds {', '.join(sorted(missing))}, for which volume.intensity has no rule"
             )
+        for modality in sorted(present):
+            here, wanted = self.volume.intensity.get(modality), volume.intensity[modality]
+            # Any window will do. What is taken from a scan's voxels is taken from all of them, as at use, and here
+            # those around its foreground are gone.
+            if here != wanted and not isinstance(wanted, Window):
+                raise SpecError(
+                    f"{self.folder}: prepared with {_words(here)} for {modality} but the recipe says "
+                    f"{_words(wanted)}, which needs whole scans; prepare another store, or set "
+                    f"volume.intensity.{modality} in the recipe"
+                )
+
+
+def _words(rule: Intensity | None) -> str:
+    return "no rule" if rule is None else ", ".join(f"{key} {value}" for key, value in rule.to_data().items())
 
 
 class _StoreFile(Record):
@@ -166,16 +182,20 @@ def write_store_spec(folder: Path, volume: VolumeSpec) -> None:
 
 
 def read_index(folder: Path) -> list[StoreEntry]:
-    """The entries of the store at `folder`, in the order of their ids; a last line cut short is left out."""
+    """The entries of the store at `folder`, in the order of their ids; a last line cut short is left out.
+
+    A scan that was prepared again, because the list said something else of it, has a line each time: the last counts.
+    """
     path = folder / INDEX_FILE
-    entries = []
+    entries = {}
     if path.is_file():
         for number, line in enumerate(read_text(path, LIST_BYTES).splitlines(keepends=True), start=1):
             if line.endswith("\n"):
                 source = f"{path}:{number}"
-                entries.append(StoreEntry.parse(parse_json(line, source=source), source=source))
+                entry = StoreEntry.parse(parse_json(line, source=source), source=source)
+                entries[entry.source, entry.sha256] = entry
     # Preparing in parallel writes in the order of completion; training must not depend on it.
-    return sorted(entries, key=lambda entry: entry.id)
+    return sorted(entries.values(), key=lambda entry: entry.id)
 
 
 def encode_occupancy(foreground: np.ndarray) -> str:
@@ -186,7 +206,11 @@ def encode_occupancy(foreground: np.ndarray) -> str:
 
 
 def write_array(folder: Path, name: str, array: np.ndarray) -> None:
-    """Stores a volume (C, D, H, W): as int16 where that loses nothing, in blocks that suit random crops."""
+    """Stores a volume (C, D, H, W): as int16 where that loses nothing, in blocks that suit random crops.
+
+    Raises:
+        OutputError: When the disk does not take it.
+    """
     if array.min() >= -(2**15) and array.max() < 2**15 and np.array_equal(as_int16 := array.astype(np.int16), array):
         array = as_int16
     chunks = (1, *(min(side, 64) for side in array.shape[1:]))
@@ -195,9 +219,17 @@ def write_array(folder: Path, name: str, array: np.ndarray) -> None:
     # Of scans about a tenth larger than with zstd and as large as with bits shuffled, but read nearly three times and
     # one and a half times as fast.
     cparams = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
-    with atomic_write(folder / VOLUMES / f"{name}.b2nd") as path:
-        path.unlink()  # blosc2 refuses to write over a file
-        blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=cparams, urlpath=str(path))
+    target, array = folder / VOLUMES / f"{name}.b2nd", np.ascontiguousarray(array)
+    try:
+        with atomic_write(target) as path:
+            path.unlink()  # blosc2 refuses to write over a file
+            blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=cparams, urlpath=str(path))
+    # blosc2 makes a RuntimeError of what the disk refuses, without its reason.
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"{target}: cannot be written ({reason}), as when the disk is full; make room, and the same command goes on"
+        ) from None
 
 
 def open_array(path: Path, shape: tuple[int, ...]) -> blosc2.NDArray:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from medmim.errors import MedmimError, SpecError
+from medmim.dicom import dicom_files
+from medmim.errors import MedmimError, ScanError, SpecError
 from medmim.files import sha256_of
-from medmim.intensity import intensity_map
+from medmim.intensity import IntensityMap, intensity_map
 from medmim.spec import VolumeSpec
 from medmim.transforms import guess_modality, to_grid
 from medmim.volumes import load_volume
@@ -46,8 +49,9 @@ def prepare(
 ) -> tuple[int, int]:
     """Adds scans to the store at `folder`, making it when it is not there.
 
-    Scans whose file is in the store already are skipped; a broken scan is written to `problems.jsonl` and does not
-    stop the others.
+    Scans whose file is in the store already are skipped, unless the list says something else of them now: then they
+    are prepared anew, in place of what was there. A broken scan is written to `problems.jsonl` and does not stop the
+    others.
 
     Args:
         sources: The scans.
@@ -61,6 +65,8 @@ def prepare(
 
     Raises:
         SpecError: When the folder is a store with other preprocessing.
+        OutputError: When the disk is full; what was added stays.
+        MedmimError: When a process was killed; likewise.
     """
     folder = Path(folder)
     if (folder / STORE_FILE).is_file():
@@ -68,7 +74,9 @@ def prepare(
             raise SpecError(f"{folder}: a store with other preprocessing ({existing.to_data()}); choose another folder")
     else:
         write_store_spec(folder, volume)
-    present = {(entry.source, entry.sha256) for entry in read_index(folder)}
+    present: dict[str, list[StoreEntry]] = {}
+    for entry in read_index(folder):
+        present.setdefault(entry.source, []).append(entry)
     added = refused = 0
     with open(folder / INDEX_FILE, "a", encoding="utf-8") as index:
         _end_line(folder / INDEX_FILE, index)
@@ -94,28 +102,70 @@ def _end_line(path: Path, index) -> None:
         index.truncate(len(complete))
 
 
-def _run(sources, folder, volume, present, workers) -> Iterator[tuple[Source, StoreEntry | str | None]]:
+def _run(
+    sources: list[Source], folder: Path, volume: VolumeSpec, present: dict[str, list[StoreEntry]], workers: int
+) -> Iterator[tuple[Source, StoreEntry | str | None]]:
+    """Each scan with what came of it, see `_prepare_one`, in the order in which they are done."""
     if workers <= 1:
-        yield from ((source, _prepare_one(source, folder, volume, present)) for source in sources)
+        yield from ((each, _prepare_one(each, folder, volume, present.get(each.name, []))) for each in sources)
         return
     # Spawned, not forked: the parent has threads of torch and blosc2 running.
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        jobs = {pool.submit(_prepare_one, source, folder, volume, present): source for source in sources}
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+    try:
+        jobs = {pool.submit(_prepare_one, each, folder, volume, present.get(each.name, [])): each for each in sources}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
+    except BrokenProcessPool:
+        raise MedmimError(
+            "a process that prepares scans has ended, mostly for want of memory; take fewer workers, and the same "
+            "command goes on"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)  # else all that waits would be prepared before an error is seen
 
 
-def _prepare_one(source: Source, folder: Path, volume: VolumeSpec, present: set) -> StoreEntry | str | None:
-    """The new entry, a sentence when the scan cannot be used, or None when the store has it."""
-    digest = sha256_of(source.path) if source.path.is_file() else None
-    if (source.name, digest) in present:
-        return None
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that waits for the others ends them
+
+
+def _prepare_one(
+    source: Source, folder: Path, volume: VolumeSpec, present: list[StoreEntry]
+) -> StoreEntry | str | None:
+    """The new entry, a sentence when the scan cannot be used, or None when the store has it.
+
+    Args:
+        source: The scan.
+        folder: The store.
+        volume: Its preprocessing.
+        present: What it has under the name of this scan, which others may have in other folders.
+    """
     try:
+        digest = _digest_of(source.path)
+        if any(_is_of(entry, source, digest) for entry in present):
+            return None
         return _add(source, digest, folder, volume)
-    except MedmimError as error:
+    except (ScanError, SpecError) as error:
         return str(error)
+
+
+def _digest_of(path: Path) -> str | None:
+    """The sha256 of a file, or of those of the DICOM files of a folder; None where there is neither."""
+    try:
+        if not path.is_dir():
+            return sha256_of(path) if path.is_file() else None
+        digests = sorted(sha256_of(file) for file in dicom_files(path))
+    except OSError as error:
+        raise ScanError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
+
+
+def _is_of(entry: StoreEntry, source: Source, digest: str | None) -> bool:
+    """Whether an entry is what would be made of a scan."""
+    if entry.sha256 is None:  # a folder of DICOM slices, in a store of an older medmim
+        return True
+    told = ((source.modality, entry.modality), (source.group, entry.group), (source.license, entry.license))
+    return entry.sha256 == digest and all(not now or now == before for now, before in told)
 
 
 def _add(source: Source, digest: str | None, folder: Path, volume: VolumeSpec) -> StoreEntry:
@@ -125,12 +175,12 @@ def _add(source: Source, digest: str | None, folder: Path, volume: VolumeSpec) -
         raise SpecError(f"{source.path}: modality {modality} has no intensity rule in this store")
     array = to_grid(scan, volume).numpy()  # (C, D, H, W)
     mapping = intensity_map(volume.intensity[modality], array[0])
-    foreground = (mapping.apply(array) > FOREGROUND).any(axis=0)
+    foreground = _above_background(array, mapping).any(axis=0)
     if not foreground.any():
         raise SpecError(f"{source.path}: nothing but background; check the scan or its modality ({modality})")
     box = tuple(slice(int(line.min()), int(line.max()) + 1) for line in np.nonzero(foreground))
     cropped = array[(slice(None), *box)]
-    identity = f"{_slug(source.name)}-{hashlib.sha256(f'{source.name}:{digest}'.encode()).hexdigest()[:8]}"
+    identity = _identity(source.name, digest)
     write_array(folder, identity, cropped)
     return StoreEntry(
         id=identity,
@@ -153,6 +203,13 @@ def _add(source: Source, digest: str | None, folder: Path, volume: VolumeSpec) -
     )
 
 
-def _slug(name: str) -> str:
-    stem = name.split("/")[-1].split(".")[0]
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:60] or "scan"
+def _above_background(array: np.ndarray, mapping: IntensityMap) -> np.ndarray:
+    """Which voxels of a scan in its own units are no background, boolean of the same shape."""
+    # A z-score has no lower end, its 0 is amid the tissue: there, what it passes over is background, the minimum.
+    return mapping.apply(array) > FOREGROUND if mapping.clip else array > array.min()
+
+
+def _identity(name: str, digest: str | None) -> str:
+    """What a scan's array is called: something to recognise it by, and enough digits for millions of the same name."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", name.split("/")[-1].split(".")[0])[:60] or "scan"
+    return f"{stem}-{hashlib.sha256(f'{name}:{digest}'.encode()).hexdigest()[:16]}"

@@ -22,6 +22,7 @@ WITHOUT_TEST = ["split=training,validation"]
 T1, T2 = ("T1", "T1W", "T1N", "T1C", "T1CE", "T1GD", "MPRAGE", "MP2RAGE"), ("T2", "T2W", "T2F", "FLAIR")
 OTHERS = ("PD", "PDW", "DWI", "ADC", "SWI", "DTI", "BOLD", "FMRI")
 MODALITIES = {"CT": "CT", "PET": "PET", "PT": "PET", **dict.fromkeys(("MR", "MRI", *T1, *T2, *OTHERS), "MR")}
+CHANNEL = re.compile(r"_(\d{4})\.")  # how nnU-Net ends the name of a file that is one channel of a case
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def find_sources(
         source: One of
             - a folder, searched at any depth for scans and for folders of DICOM slices (`*.dcm`), a series each;
             - a folder as the Medical Segmentation Decathlon and nnU-Net have it, with `imagesTr`: what its
-              `dataset.json` lists to train or validate and is there, else all of `imagesTr`; neither labels nor,
-              unless `where` says so, test cases;
+              `dataset.json` lists to train or validate and is there, else all of `imagesTr`, each file of the modality
+              of its channel ("case_0001.nii.gz" of channel 1); neither labels nor, unless `where` says so, test cases;
             - a CSV with a column `file`, `image` or `path` (relative to the CSV) and optionally `modality` (its first
               word counts: "MR T1w" and "T1w" are MR; empty takes it from the scan), `group` and `licence`;
             - a JSON data list as the Decathlon and MONAI write them: lists of file names, or of records with `image`,
@@ -78,12 +79,12 @@ def find_sources(
 def _of_decathlon(folder: Path, where: Sequence[str], tell: Callable[[str], None]) -> list[Source]:
     listing = folder / DATASET
     data = read_json(listing, LIST_BYTES) if listing.is_file() else None
-    rows = _rows_of(data, listing)
-    if not rows:  # as in a folder of nnU-Net, whose file has none
-        names = (path.relative_to(folder).as_posix() for path in find_scans(folder / IMAGES))
-        rows = [{"image": name, "split": "training", "modality": _decathlon_modality(data)} for name in names]
-    listed = _from_rows(listing, ["image", "split"], rows, where or WITHOUT_TEST)
+    listed = _from_rows(listing, ["image", "split"], _rows_of(data, listing), where or WITHOUT_TEST)
     found = [each for each in listed if each.path.exists()]
+    if not found:  # as in a folder of nnU-Net, whose file lists none, or cases of which each channel is a file
+        names = [path.relative_to(folder).as_posix() for path in find_scans(folder / IMAGES)]
+        rows = [{"image": name, "split": "training", "modality": _decathlon_modality(data, name)} for name in names]
+        listed = found = _from_rows(listing, ["image", "split"], rows, where or WITHOUT_TEST)
     if not found:
         return []
     taken = Counter(PurePosixPath(each.name).parent.as_posix() for each in found)
@@ -114,14 +115,18 @@ def _rows_of(data: Any, source: Path) -> list[dict[str, str]]:
             name = item.get("image") if isinstance(item, dict) else item
             if not isinstance(name, str):
                 raise SpecError(f"{source}: {split!r} must list file names, or records whose image is one file name")
-            rows.append({"image": name, "split": split, "modality": _decathlon_modality(data)})
+            rows.append({"image": name, "split": split, "modality": _decathlon_modality(data, name)})
     return rows
 
 
-def _decathlon_modality(data: Any) -> str:
-    """What `dataset.json` calls the first channel, such as "CT" or "FLAIR"; nothing where it does not say."""
+def _decathlon_modality(data: Any, name: str) -> str:
+    """What `dataset.json` calls a file's channel, such as "CT" or "FLAIR"; nothing where it does not say."""
     names = (data.get("modality") or data.get("channel_names")) if isinstance(data, dict) else None
-    return str(names.get("0", "")) if isinstance(names, dict) else ""
+    if not isinstance(names, dict):
+        return ""
+    channel = CHANNEL.search(PurePosixPath(name).name)
+    # The digits may number cases, too, of which the file is the first channel then.
+    return str(names.get(str(int(channel[1])) if channel else "0", names.get("0", "")))
 
 
 def _modality(text: str, where: str) -> str | None:
