@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import pytest
 import torch
 
 from medmim_training.checkpoint import load_latest
-from medmim_training.engine import pretrain
+from medmim_training.engine import METRICS_FILE, pretrain
 from medmim_training.recipe import Recipe
+from medmim_training.store.index import INDEX_FILE, Store
 
 TRAIN = "from medmim_training.cli import main; main()"
 STOPPED_IN_STEP_3 = """
@@ -159,13 +161,12 @@ def with_a_reader(recipe: Recipe) -> Recipe:
     return Recipe.model_validate({**recipe.model_dump(), "data": {**recipe.data.model_dump(), "workers": 1}})
 
 
-def group_of_its_own(command: list[str], folder: Path) -> subprocess.Popen[str]:
-    """A run as a shell or a scheduler starts it, in its third step or later."""
+def group_of_its_own(command: list[str], log: Path) -> subprocess.Popen[str]:
+    """A command as a shell or a scheduler starts it, when there are three lines in what it writes."""
     process = subprocess.Popen(
         command, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True, encoding="utf-8"
     )
-    metrics = folder / "metrics.jsonl"
-    while process.poll() is None and not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 3):
+    while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= 3):
         time.sleep(0.01)
     return process
 
@@ -181,12 +182,20 @@ def alive(group: int) -> list[str]:
     return found
 
 
+def left_alive(group: int) -> list[str]:
+    """What of a process group does not end by itself."""
+    deadline = time.monotonic() + 30
+    while alive(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return alive(group)
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_to_the_whole_group_saves_the_run(recipe, store, tmp_path, number):
     """As Slurm, torchrun and a terminal send it: the process that reads crops gets it, too."""
     folder, recipe = tmp_path / "run", with_a_reader(recipe)
-    process = group_of_its_own(command(recipe, store, folder, "schedule.steps=100000"), folder)
+    process = group_of_its_own(command(recipe, store, folder, "schedule.steps=100000"), folder / METRICS_FILE)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
@@ -199,11 +208,30 @@ def test_a_signal_to_the_whole_group_saves_the_run(recipe, store, tmp_path, numb
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at /proc")
 def test_readers_end_with_a_run_that_is_killed(recipe, store, tmp_path):
     folder = tmp_path / "run"
-    process = group_of_its_own(command(with_a_reader(recipe), store, folder, "schedule.steps=100000"), folder)
+    training = command(with_a_reader(recipe), store, folder, "schedule.steps=100000")
+    process = group_of_its_own(training, folder / METRICS_FILE)
     assert len(alive(process.pid)) >= 2
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 30
-    while alive(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert alive(process.pid) == []
+    assert left_alive(process.pid) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at /proc")
+def test_a_preparation_ends_at_once_when_it_is_interrupted(recipe, scans, tmp_path):
+    """Ctrl-C, as impatient people press it; what is in the store then is whole."""
+    (tmp_path / "scans").mkdir()
+    for number in range(400):
+        shutil.copy(scans / "large.nii.gz", tmp_path / "scans" / f"{number}.nii.gz")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    folders = [str(tmp_path / name) for name in ("scans", "store", "recipe.yaml")]
+    arguments = ["prepare", folders[0], "-o", folders[1], "--recipe", folders[2], "--workers", "2"]
+    process = group_of_its_own([sys.executable, "-c", TRAIN, *arguments], tmp_path / "store" / INDEX_FILE)
+    for _ in range(3):
+        os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert left_alive(process.pid) == []
+    store = Store(tmp_path / "store")
+    assert 3 <= len(store.entries) < 400
+    store.array(0)

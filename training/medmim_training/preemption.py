@@ -68,14 +68,29 @@ class _SetEvent:
 
 def start_unreachable(process: BaseProcess) -> None:
     """Starts a process that neither SIGTERM nor SIGINT reaches, not even while it starts."""
-    if sys.platform == "win32":
+    with starting_unreachable():
         process.start()
+
+
+@contextmanager
+def starting_unreachable() -> Iterator[None]:
+    """What starts within is reached by neither SIGTERM nor SIGINT, for its life or until it calls `be_reachable`."""
+    if sys.platform == "win32":
+        yield
         return
     # Starting the first process starts this one before it, and lets the signals through again (Python 3.11).
     resource_tracker.ensure_running()
-    # Inherited by the process, for its life; what arrives here meanwhile is held back, not lost.
+    # Inherited by the processes; what arrives here meanwhile is held back, not lost.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
-        process.start()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def be_reachable() -> None:
+    """Lets SIGTERM and SIGINT end this process, at once and without a word, also if they came while it started."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,6 +21,7 @@ from medmim.intensity import IntensityMap, intensity_map
 from medmim.spec import VolumeSpec
 from medmim.transforms import guess_modality, to_grid
 from medmim.volumes import load_volume
+from medmim_training.preemption import be_reachable, starting_unreachable
 from medmim_training.store.index import (
     INDEX_FILE,
     PERCENTILES,
@@ -112,7 +112,10 @@ def _run(
     # Spawned, not forked: the parent has threads of torch and blosc2 running.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
-        jobs = {pool.submit(_prepare_one, each, folder, volume, present.get(each.name, [])): each for each in sources}
+        with starting_unreachable():  # Ctrl-C reaches all processes; in one that still imports it ends in a traceback
+            jobs = {
+                pool.submit(_prepare_one, each, folder, volume, present.get(each.name, [])): each for each in sources
+            }
         for job in as_completed(jobs):
             yield jobs[job], job.result()
     except BrokenProcessPool:
@@ -126,7 +129,7 @@ def _run(
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that waits for the others ends them
+    be_reachable()  # where nobody listens, the executor would take Ctrl-C for a scan that failed, and go on
 
 
 def _prepare_one(
