@@ -463,10 +463,8 @@ def test_a_damaged_shard_is_refused_wherever_it_is(tmp_path, monkeypatch):
     assert medmim.from_pretrained(tmp_path).spec.weights == spec.weights
 
 
-@pytest.mark.parametrize("huge_page", [1, checkpoints.HUGE_PAGE])
 @pytest.mark.parametrize("block", [1, 30, checkpoints.BLOCK_BYTES])
-def test_tensors_of_every_kind_are_read_as_the_library_reads_them(huge_page, block, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "HUGE_PAGE", huge_page)
+def test_tensors_of_every_kind_are_read_as_the_library_reads_them(block, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "BLOCK_BYTES", block)
     generator = torch.Generator().manual_seed(0)
     tensors = {
