@@ -1,7 +1,7 @@
 """Voxel values to the range that a network expects, and back.
 
-Pretraining and use share this file: the training store keeps volumes in the units of the scan and calls
-`intensity_map` on the stored array when it samples a crop; `medmim.transforms` calls it on the resampled scan.
+Pretraining and use share this file: the training store keeps volumes in the units of the scan, with what
+`intensity_map` gave for the resampled scan when it was prepared; `medmim.transforms` calls it on the resampled scan.
 Both see the whole volume, so a voxel gets the same value in pretraining as at use.
 """
 
@@ -97,13 +97,18 @@ def intensity_map(rule: Window | Percentile | ZScore, array: np.ndarray | torch.
     return IntensityMap(mean, mean + float(foreground.std(dtype=np.float64)), clip=False)
 
 
-def _foreground_sample(array: np.ndarray) -> np.ndarray:
-    """Voxels of a regular sample that are above the volume's minimum; the whole sample when none is.
+def background_level(array: np.ndarray) -> float:
+    """The value up to which voxels of a resampled volume are background: its minimum, and what rounding adds to it.
 
     Where the background is not 0, weights that do not add up to 1 to the last bit leave most of it above the minimum.
     """
+    low = float(array.min())
+    return low + ROUNDING * abs(low)
+
+
+def _foreground_sample(array: np.ndarray) -> np.ndarray:
+    """Voxels of a regular sample that are above the volume's background; the whole sample when none is."""
     stride = math.ceil((array.size / SAMPLE_SIZE) ** (1 / 3))
     sample = array[(..., *(slice(None, None, stride),) * min(3, array.ndim))]
-    low = float(array.min())
-    above = sample[sample > low + ROUNDING * abs(low)]
+    above = sample[sample > background_level(array)]
     return above if above.size else sample.reshape(-1)

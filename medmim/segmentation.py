@@ -23,7 +23,7 @@ from medmim.heads.segmenter import Segmenter
 from medmim.identity import uncompiled
 from medmim.inference import evaluating
 from medmim.scans import AFFINE_TOLERANCE
-from medmim.transforms import create_transform
+from medmim.transforms import create_transform, label_type
 from medmim.volumes import header_affine, load_volume, nifti_header, times
 from medmim.windows import cover, covering_grid, crop_window, to_voxels
 
@@ -218,7 +218,7 @@ def predict_labels(
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap={overlap} must be at least 0 and below 1")
     depth, height, width = x.shape[1:]
-    labels = torch.zeros(depth, height, width, dtype=torch.uint8 if model.num_classes <= 256 else torch.int16)
+    labels = torch.zeros(depth, height, width, dtype=label_type(model.num_classes))
     grid_size = covering_grid(x.shape[1:], model.patch_size, model.grid_size)
     windows = list(cover(grid_size, model.grid_size, overlap=overlap))
     row_bytes = 4 * model.num_classes * model.img_size[0] * width

@@ -219,6 +219,11 @@ def create_transform(
     return VolumeTransform(volume, model.img_size, in_chans=model.in_chans, modality=modality, fit=fit)
 
 
+def label_type(num_classes: int) -> torch.dtype:
+    """The smallest type that voxels' labels of so many classes are kept in."""
+    return torch.uint8 if num_classes <= 256 else torch.int16
+
+
 def labels_on_grid(labels: Volume, *, like: MetaTensor) -> torch.Tensor:
     """Brings the labels of a scan to the grid that the scan was brought to, each voxel from the nearest.
 

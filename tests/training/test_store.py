@@ -105,6 +105,17 @@ def test_a_z_score_does_not_take_the_darker_half_of_the_tissue_for_background(tm
     assert (entry.shape, entry.offset, entry.foreground) == ((24,) * 3, (3,) * 3, 24**3)
 
 
+def test_rounding_of_a_background_is_no_foreground(tmp_path, recipe):
+    """Resampled, a background that is not 0 differs in its last bits: as in the statistics, it stays background."""
+    volume = VolumeSpec.parse({**recipe.volume.to_data(), "intensity": {"MR": {"kind": "zscore"}}}, source="test")
+    array = np.full((60, 60, 60), 100.3, np.float32)
+    array[20:40, 20:40, 20:40] = 1000
+    nib.Nifti1Image(array, np.diag([1.3, 1.3, 1.3, 1.0])).to_filename(tmp_path / "brain.nii.gz")
+    prepare(find_sources(tmp_path), tmp_path / "store", volume=volume)
+    (entry,) = Store(tmp_path / "store").entries
+    assert all(side <= 20 * 1.3 / 2 + 4 for side in entry.shape)  # the cube, and what interpolation adds around it
+
+
 def test_a_scan_that_may_not_be_read_does_not_stop_the_others(scans, tmp_path, recipe, monkeypatch):
     digest = prepare_module.sha256_of
 

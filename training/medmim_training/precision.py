@@ -36,8 +36,7 @@ def _processor_multiplies_bf16() -> bool:
     in it were measured to take more than twice as long as in fp32 (torch 2.14, ONEDNN_MAX_CPU_ISA=AVX512_CORE).
     """
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    has_it = torch.cpu._is_avx512_bf16_supported() if is_x86 else True
-    return has_it and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (not is_x86 or torch.cpu._is_avx512_bf16_supported()) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def usable_precision(recipe: RunRecipe) -> str:

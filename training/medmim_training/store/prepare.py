@@ -17,7 +17,7 @@ import torch
 from medmim.dicom import dicom_files
 from medmim.errors import MedmimError, ScanError, SpecError
 from medmim.files import sha256_of
-from medmim.intensity import IntensityMap, intensity_map
+from medmim.intensity import IntensityMap, background_level, intensity_map
 from medmim.spec import VolumeSpec
 from medmim.transforms import guess_modality, to_grid
 from medmim.volumes import load_volume
@@ -208,8 +208,8 @@ def _add(source: Source, digest: str | None, folder: Path, volume: VolumeSpec) -
 
 def _above_background(array: np.ndarray, mapping: IntensityMap) -> np.ndarray:
     """Which voxels of a scan in its own units are no background, boolean of the same shape."""
-    # A z-score has no lower end, its 0 is amid the tissue: there, what it passes over is background, the minimum.
-    return mapping.apply(array) > FOREGROUND if mapping.clip else array > array.min()
+    # A z-score has no lower end, its 0 is amid the tissue: there, what it passes over is background.
+    return mapping.apply(array) > FOREGROUND if mapping.clip else array > background_level(array)
 
 
 def _identity(name: str, digest: str | None) -> str:

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from medmim.errors import ScanError, SpecError
 from medmim.layers.tokens import Size
 from medmim.limits import LIST_BYTES, read_csv, read_json
-from medmim.transforms import VolumeTransform, labels_on_grid
+from medmim.transforms import VolumeTransform, label_type, labels_on_grid
 from medmim.volumes import NIFTI_SUFFIXES, Volume, find_scans, load_volume
 from medmim_training.store.sources import DATASET, IMAGES
 
@@ -305,8 +304,7 @@ def load_case(case: Case, transform: VolumeTransform, *, num_classes: int) -> Lo
     """
     x = transform(case.image)
     labels = labels_on_grid(load_labels(case.label, num_classes=num_classes), like=x)
-    labels = labels.to(torch.uint8 if num_classes <= 256 else torch.int16)
-    return LoadedCase(case.name, x.as_tensor(), labels, tuple(x.pixdim.tolist()))
+    return LoadedCase(case.name, x.as_tensor(), labels.to(label_type(num_classes)), tuple(x.pixdim.tolist()))
 
 
 def load_labels(path: Path, *, num_classes: int) -> Volume:
