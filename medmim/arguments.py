@@ -51,7 +51,8 @@ def checked_arguments(cls: Callable[..., nn.Module], kwargs: Mapping[str, Any], 
     types, args = _types(cls), {}
     for key, value in registry.as_arguments(kwargs).items():
         try:
-            value = to_size(value, key) if types.get(key) == Size else value
+            is_size = types.get(key) == Size or (types.get(key) == Size | None and value is not None)
+            value = to_size(value, key) if is_size else value
         except ValueError as error:
             raise SpecError(f"{name}: {error}") from None
         args[key] = value.item() if isinstance(value, np.generic) else value  # such as the number of labels found

@@ -21,7 +21,7 @@ from medmim.checkpoints import load_strictly, read_tensors
 from medmim.construction import construct, construct_within_limits, with_decoder
 from medmim.errors import SpecError, WeightsError
 from medmim.files import to_path
-from medmim.fitting import fill, materialise
+from medmim.fitting import fill, fitted_arguments, materialise
 from medmim.resolution import resolve
 from medmim.spec import ModelSpec, TaskSpec
 
@@ -53,7 +53,8 @@ def create_model(
         name: "architecture" or "architecture.tag" of the catalog (see `list_models`, `list_pretrained`),
             "hf-hub:org/name[@revision]", or "local-dir:path" of a folder that `save_pretrained` wrote.
         pretrained: Loads the weights of that name, repository or folder, and returns the model in evaluation mode.
-        checkpoint_path: Loads this safetensors file instead, saved from a model with the arguments of `name`.
+        checkpoint_path: Loads this safetensors file instead, saved from a model with the arguments of `name`. If a ViT
+            of another input size, say so: `pretrained_img_size=`.
         device: Where the model goes; None for the CPU.
         dtype: Of floating-point parameters; None for float32, whatever the file has.
         revision: Commit, tag or branch of a "hf-hub:" name.
@@ -80,7 +81,9 @@ def create_model(
     given = checked_arguments(family.cls, kwargs, name)
     if stored.task is not None and stored.task.decoder is not None:
         given = _without_classes_of(stored.task, given, name)
-    args = {**registry.as_arguments(stored.args), **given}
+    args = registry.as_arguments(stored.args) | given
+    if pretrained and checkpoint_path is None:
+        args = fitted_arguments(family.cls, stored.args, given)
 
     loads = pretrained or checkpoint_path is not None
     # What is asked for is tried where it costs nothing.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medmim import registry
-from medmim.arguments import defaults_of
+from medmim.arguments import defaults_of, parameters_of
 from medmim.checkpoints import load_strictly
 from medmim.construction import UNBUILDABLE
 from medmim.errors import WeightsError
@@ -17,6 +17,29 @@ from medmim.heads.segmenter import Segmenter, split_encoder
 from medmim.spec import ModelSpec
 
 POOL = "attn_pool."  # what the keys of a pool that is trained with the classifier start with
+
+
+def fitted_arguments(
+    cls: Callable[..., nn.Module], stored: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a model that stored weights are fitted to.
+
+    A class that takes `pretrained_img_size` is told the input size that another one replaces, unless patches change.
+
+    Args:
+        cls: The class of both models.
+        stored: Arguments of the model that was saved.
+        given: Those that differ.
+    """
+    before = {**defaults_of(cls), **registry.as_arguments(stored)}
+    args = {**registry.as_arguments(stored), **given}
+    changed = {key for key in given if given[key] != before.get(key)}
+    if "pretrained_img_size" in parameters_of(cls) and "pretrained_img_size" not in given:
+        if "patch_size" in changed:
+            args.pop("pretrained_img_size", None)
+        elif "img_size" in changed:
+            args["pretrained_img_size"] = before["pretrained_img_size"] or before["img_size"]
+    return args
 
 
 def fill(

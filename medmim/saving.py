@@ -21,7 +21,7 @@ from medmim.identity import uncompiled
 from medmim.spec import ModelSpec, WeightsSpec
 
 # Arguments that a model's own methods change after it was built; the model's attributes of these names are current.
-CHANGEABLE = ("img_size", "patch_size", "num_classes", "global_pool")
+CHANGEABLE = ("img_size", "patch_size", "pretrained_img_size", "num_classes", "global_pool")
 
 # What a record of weights says about published files, and so is not true of files that are saved anew.
 OF_PUBLISHED_FILES = ("repo", "revision", "golden", "evidence", "converter")
@@ -114,7 +114,8 @@ def current_spec(model: nn.Module) -> ModelSpec:
         raise WeightsError("the model has no spec, so no config.json can be written; build it with create_model")
     accepted = parameters_of(registry.find_family(spec.family, needed_by=spec.name).cls)
     encoder = model.encoder if isinstance(model, Segmenter) else model
-    changed = {key: getattr(encoder, key) for key in CHANGEABLE if key in accepted and hasattr(encoder, key)}
+    now = {key: getattr(encoder, key) for key in CHANGEABLE if key in accepted and hasattr(encoder, key)}
+    changed = {key: value for key, value in now.items() if value is not None or key in spec.args}
     return spec.model_copy(update={"args": {**spec.args, **changed}})
 
 

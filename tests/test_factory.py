@@ -551,6 +551,23 @@ def test_another_input_size(tiny_folder):
     assert torch.equal(model(volumes(model)), expected(volumes(model)))
     assert model.spec.args["img_size"] == size
     assert model.spec.name == "vit_t_mae3d.fake"
+    assert model.spec.args["pretrained_img_size"] == expected.pretrained_img_size == tiny_model().img_size
+    untrained = medmim.create_model(f"local-dir:{tiny_folder[0]}", img_size=size)
+    assert untrained.pretrained_img_size is None
+
+
+def test_what_was_fitted_is_fitted_again_from_where_it_was_trained(tiny_folder, tmp_path):
+    medmim.save_pretrained(medmim.from_pretrained(tiny_folder[0], img_size=(16, 32, 40)), tmp_path)
+    again = medmim.from_pretrained(tmp_path, img_size=32)
+    assert torch.equal(again.pos_embed, medmim.from_pretrained(tiny_folder[0], img_size=32).pos_embed)
+    back = medmim.from_pretrained(tmp_path, img_size=tiny_model().img_size)
+    assert_same_state(back, medmim.from_pretrained(tiny_folder[0]))
+    assert torch.equal(back.pos_embed, tiny_model().pos_embed)
+
+
+def test_a_fitted_decoder_has_the_encoders_places(tiny_folder):
+    model = medmim.from_pretrained(tiny_folder[0], img_size=(16, 32, 40))
+    assert medmim.create_decoder(model).first_place == model.first_place == (1, 0.5, -1.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -117,6 +117,13 @@ def test_sincos_tells_all_positions_apart_and_pads_odd_widths_with_zeros():
         sincos_position(GRID, 5)
 
 
+def test_sincos_starts_at_any_place():
+    table = sincos_position((4, 4, 4), 24, (-1, 0.5, 1))[0].view(4, 4, 4, 24)
+    torch.testing.assert_close(table[1:, :, :3, :8], sincos_position((3, 4, 3), 24)[0].view(3, 4, 3, 24)[..., :8])
+    torch.testing.assert_close(table[0, 0, 0, 8], torch.tensor(0.5).sin())
+    torch.testing.assert_close(table[..., 16:], sincos_position((4, 4, 5), 24)[0].view(4, 4, 5, 24)[:, :, 1:, 16:])
+
+
 def test_resampled_positions_keep_a_linear_ramp_along_each_axis():
     d, h, w = GRID
     axes = torch.meshgrid(*[(torch.arange(n) + 0.5) / n for n in GRID], indexing="ij")

@@ -16,6 +16,7 @@ from torch import nn
 import medmim
 from fakes import tiny_model
 from medmim.layers.adapt import adapt_in_chans, resize_patch_kernel
+from medmim.layers.position import sincos_position
 from medmim.models.vit import VisionTransformer3D, adapt_state_dict
 
 # Forms of a family that are worth testing besides the plain one.
@@ -270,6 +271,19 @@ def test_another_patch_size(model):
     model.set_input_size(patch_size=size)
     assert model.grid_size[2] == model.img_size[2] // size[2]
     assert model(torch.rand(1, model.in_chans, *model.img_size)).shape == (1, model.num_features)
+
+
+def test_fixed_positions_stay_where_they_are_in_the_input():
+    model = tiny_model()
+    before = model.pos_embed.view(*model.grid_size, -1)
+    img_size, patch_size = model.img_size, model.patch_size
+    model.set_input_size(tuple(side + 2 * patch for side, patch in zip(img_size, patch_size, strict=True)))
+    inner = model.pos_embed.view(*model.grid_size, -1)[1:-1, 1:-1, 1:-1]
+    torch.testing.assert_close(inner, before)
+    model.set_input_size(img_size)
+    assert torch.equal(model.pos_embed.view_as(before), before)
+    model.set_input_size(model.img_size, tuple(patch // 2 for patch in patch_size))
+    assert torch.equal(model.pos_embed, sincos_position(model.grid_size, model.embed_dim))
 
 
 def test_attention_pools_whatever_the_order_and_leaves_the_prefix_out():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medmim.layers.position import sincos_position
+from medmim.layers.position import Place, sincos_position
 from medmim.layers.tokens import Size, gather_tokens, scatter_tokens
 from medmim.layers.transformer import Block, init_transformer
 
@@ -24,6 +24,7 @@ class MAEDecoder(nn.Module):
         patch_size: Voxels of a patch along (D, H, W).
         in_chans: Channels of the volume.
         prefix_tokens: Class and register tokens in front of the encoder's output; the decoder attends to them.
+        first_place: Where the first token is (see `sincos_position`).
         embed_dim: Width.
         depth: Blocks.
         num_heads: Attention heads.
@@ -38,6 +39,7 @@ class MAEDecoder(nn.Module):
         patch_size: Size,
         in_chans: int = 1,
         prefix_tokens: int = 0,
+        first_place: Place = (0.0, 0.0, 0.0),
         embed_dim: int = 384,
         depth: int = 4,
         num_heads: int = 6,
@@ -51,7 +53,8 @@ class MAEDecoder(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.to_voxels = nn.Linear(embed_dim, in_chans * math.prod(patch_size))
-        self.set_grid_size(grid_size)
+        self.grid_size, self.first_place = tuple(grid_size), first_place
+        self.init_buffers()
         self.apply(init_transformer)
         nn.init.normal_(self.hidden_token, std=0.02)
 
@@ -64,16 +67,12 @@ class MAEDecoder(nn.Module):
             "patch_size": encoder.patch_size,
             "in_chans": encoder.in_chans,
             "prefix_tokens": encoder.num_prefix_tokens,
+            "first_place": encoder.first_place,
         }
-
-    def set_grid_size(self, grid_size: Size) -> None:
-        """Rebuilds the positions for another token grid (Dg, Hg, Wg)."""
-        self.grid_size = tuple(grid_size)
-        self.init_buffers()
 
     def init_buffers(self) -> None:
         """Rebuilds what no file stores: the fixed positions."""
-        position = sincos_position(self.grid_size, self.embed.out_features)
+        position = sincos_position(self.grid_size, self.embed.out_features, self.first_place)
         self.register_buffer("pos_embed", position.to(self.hidden_token), persistent=False)
 
     def forward(self, tokens: Tensor, idx_keep: Tensor, idx_hidden: Tensor) -> Tensor:

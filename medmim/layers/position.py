@@ -11,16 +11,19 @@ from torch import Tensor
 
 from medmim.layers.tokens import Size
 
+Place = tuple[float, float, float]  # in tokens along (D, H, W)
 
-def sincos_position(grid_size: Size, dim: int) -> Tensor:
+
+def sincos_position(grid_size: Size, dim: int, first: Place = (0.0, 0.0, 0.0)) -> Tensor:
     """Fixed sine-cosine embedding of a token grid (Vaswani et al. 2017; in 2-D as He et al. 2022).
 
-    Each axis gets a third of the channels, half of them sines and half cosines of the token index at frequencies
+    Each axis gets a third of the channels, half of them sines and half cosines of the token's place at frequencies
     10000^(-i/n). Where `dim` is no multiple of 6, the channels left over at the end are zero.
 
     Args:
         grid_size: Tokens along (D, H, W).
         dim: Channels, at least 6.
+        first: Place of the first token; that of the next one along an axis is 1 more.
 
     Returns:
         (1, N, dim) in float32, tokens row-major.
@@ -36,7 +39,8 @@ def sincos_position(grid_size: Size, dim: int) -> Tensor:
     # float64 so that the table is the same to the last bit wherever it is rebuilt.
     omega = 10000.0 ** -(torch.arange(frequencies, dtype=torch.float64) / frequencies)
     # Of each axis alone, then repeated along the others: a sine of every token is a hundred times the work.
-    phases = [torch.arange(side, dtype=torch.float64)[:, None] * omega for side in grid_size]  # 3 x (side, f)
+    places = [start + torch.arange(side, dtype=torch.float64) for side, start in zip(grid_size, first, strict=True)]
+    phases = [along[:, None] * omega for along in places]  # 3 x (side, f)
     waves = [torch.cat((phase.sin(), phase.cos()), dim=1) for phase in phases]
     table = torch.cat([_along(axis, wave, grid_size) for axis, wave in enumerate(waves)], dim=-1)  # (D, H, W, 6f)
     return F.pad(table.flatten(0, 2), (0, dim - table.shape[-1]))[None].float()

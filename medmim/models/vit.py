@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from medmim.layers.adapt import adapt_in_chans, resize_patch_kernel
 from medmim.layers.features import FeatureMaps
 from medmim.layers.patch import PatchEmbed
-from medmim.layers.position import resample_position, sincos_position
+from medmim.layers.position import Place, resample_position, sincos_position
 from medmim.layers.sharing import Shareable
 from medmim.layers.tokens import Size, gather_patches, gather_tokens, patchify, to_grid_size, to_size
 from medmim.layers.transformer import Block, init_transformer
@@ -47,6 +47,8 @@ class VisionTransformer3D(FeatureMaps, Shareable, nn.Module):
         class_token: Puts a class token in front.
         num_registers: Register tokens behind the class token (Darcet et al. 2024).
         pos_embed: "sincos" (fixed) or "learned".
+        pretrained_img_size: Voxels along (D, H, W) of the inputs that the weights were trained on, about whose centre
+            fixed positions are counted; None for `img_size`. Set where weights are fitted to another input size.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
         init_values: Initial layer scale; None for no layer scale.
 
@@ -72,6 +74,7 @@ class VisionTransformer3D(FeatureMaps, Shareable, nn.Module):
         class_token: bool = False,
         num_registers: int = 0,
         pos_embed: Literal["sincos", "learned"] = "sincos",
+        pretrained_img_size: Size | None = None,
         drop_path_rate: float = 0.0,
         init_values: float | None = None,
     ) -> None:
@@ -81,6 +84,7 @@ class VisionTransformer3D(FeatureMaps, Shareable, nn.Module):
         self.spec = None  # set by whoever knows where the weights came from
         self.img_size, self.patch_size = tuple(img_size), tuple(patch_size)
         self.grid_size = to_grid_size(self.img_size, self.patch_size)
+        self.pretrained_img_size = pretrained_img_size
         self.in_chans = in_chans
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.num_heads, self.mlp_ratio = num_heads, mlp_ratio
@@ -131,8 +135,15 @@ class VisionTransformer3D(FeatureMaps, Shareable, nn.Module):
     def init_buffers(self) -> None:
         """Rebuilds what no file stores: the fixed positions."""
         if not self.learned_positions:
-            position = sincos_position(self.grid_size, self.embed_dim)
+            position = sincos_position(self.grid_size, self.embed_dim, self.first_place)
             self.register_buffer("pos_embed", position.to(self.patch_embed.proj.weight), persistent=False)
+
+    @property
+    def first_place(self) -> Place:
+        """Where the first token is among those that the weights were trained on, in their indices."""
+        before = self.pretrained_img_size or self.img_size
+        d, h, w = ((old - new) / (2 * p) for old, new, p in zip(before, self.img_size, self.patch_size, strict=True))
+        return d, h, w
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -145,6 +156,9 @@ class VisionTransformer3D(FeatureMaps, Shareable, nn.Module):
     def set_input_size(self, img_size: Size | int | None = None, patch_size: Size | int | None = None) -> None:
         """Changes the input size, the patch size, or both; the weights are resampled to fit.
 
+        In an input of another size, tokens have the fixed positions that they had at the same distance from its centre.
+        Other patches are other tokens, whose positions are counted anew.
+
         Args:
             img_size: Voxels along (D, H, W); one number for a cube.
             patch_size: Voxels of a patch, likewise.
@@ -156,7 +170,10 @@ class VisionTransformer3D(FeatureMaps, Shareable, nn.Module):
         img_size = to_size(self.img_size if img_size is None else img_size, "img_size")
         patch_size = to_size(self.patch_size if patch_size is None else patch_size, "patch_size")
         self.grid_size = to_grid_size(img_size, patch_size)
+        if img_size != self.img_size:
+            self.pretrained_img_size = self.pretrained_img_size or self.img_size
         if patch_size != self.patch_size:
+            self.pretrained_img_size = None
             old, self.patch_embed = self.patch_embed.proj, PatchEmbed(self.in_chans, self.embed_dim, patch_size)
             self.patch_embed.to(old.weight)
             with torch.no_grad():

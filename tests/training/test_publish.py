@@ -21,7 +21,7 @@ from medmim.spec import TrainingRecord, WeightsSpec
 from medmim_training.engine import build_method, pretrain
 from medmim_training.evaluate import evaluate_reconstruction
 from medmim_training.publish import _data_list_of, _write_data_list, package, write_picture
-from medmim_training.recipe import MethodSection, Recipe, ScheduleSection
+from medmim_training.recipe import MethodSection, Recipe, ScheduleSection, load_recipe
 from medmim_training.starting import start_from_weights
 from medmim_training.store.index import Store
 from medmim_training.store.sources import find_sources
@@ -149,6 +149,20 @@ def test_a_run_with_other_patches_takes_over_what_the_decoder_knows(folder, mode
     torch.testing.assert_close(fine[:, :, :, ::2], coarse.unflatten(4, (4, 2)).mean(-1))
     torch.testing.assert_close(fine[:, :, :, 1::2], fine[:, :, :, ::2])
     assert torch.equal(method.decoder.blocks[0].attn.qkv.weight, published.blocks[0].attn.qkv.weight)
+
+
+def test_a_run_from_weights_of_another_input_size_keeps_their_places(folder, model, recipe, store, tmp_path):
+    """In its own folder, when it goes on there, and in what is published of it."""
+    started = with_weights(recipe, f"local-dir:{folder}", img_size=[16, 16, 40])
+    started = started.model_copy(update={"schedule": ScheduleSection(steps=1)})
+    method = pretrain(started, store, tmp_path / "run")
+    assert method.encoder.pretrained_img_size == model.img_size
+    assert method.decoder.first_place == method.encoder.first_place != (0, 0, 0)
+    written = load_recipe(str(tmp_path / "run" / "recipe.yaml")).model.args
+    assert written["pretrained_img_size"] == list(model.img_size)
+    pretrain(started, store, tmp_path / "run")  # finished: there is nothing to do, and no other recipe
+    package(tmp_path / "run", tmp_path / "out", store=store, tag="x", license="MIT", citation="@misc{none}")
+    assert torch.equal(medmim.from_pretrained(tmp_path / "out").pos_embed, method.encoder.pos_embed)
 
 
 def published_method(recipe, folder, name: str, **args):

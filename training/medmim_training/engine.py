@@ -33,7 +33,7 @@ from medmim_training.preemption import Preempted, stop_requests
 from medmim_training.recipe import Recipe
 from medmim_training.record import Clock, Meter, MetricsLog, Report, write_record
 from medmim_training.sharding import load_whole, repeated_parts, shard, whole
-from medmim_training.starting import start_from_weights
+from medmim_training.starting import start_from_weights, with_origin
 from medmim_training.store.crops import CropDataset
 from medmim_training.store.index import Store
 
@@ -104,6 +104,7 @@ class _Run:
     """One run: what it is made of, and the loop over it."""
 
     def __init__(self, recipe: Recipe, store: Store, folder: Path, *, sharded: bool) -> None:
+        recipe = with_origin(recipe)
         self.recipe, self.store, self.folder, self.sharded = recipe, store, folder, sharded
         store.check(recipe.volume)
         self.accelerator = self._accelerator()

@@ -6,17 +6,40 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from medmim.arguments import defaults_of
+from medmim.arguments import checked_arguments, defaults_of
 from medmim.errors import SpecError
 from medmim.factory import create_decoder, create_model, decoder_class
+from medmim.fitting import fitted_arguments
+from medmim.hub import HubAccess
 from medmim.layers.adapt import resize_patch_output
-from medmim.registry import as_arguments
+from medmim.registry import as_arguments, find_family
+from medmim.resolution import resolve
 from medmim.spec import PartSpec, TrainingRecord
 from medmim_training.balance import raise_positions
 from medmim_training.recipe import Recipe
 from medmim_training.widening import WIDTH, widen_decoder, widen_encoder
 
-FITTED = ("encoder_dim", "grid_size", "patch_size")  # in which the decoder of a masked autoencoder may differ
+# In which the decoder of a masked autoencoder may differ.
+FITTED = ("encoder_dim", "grid_size", "patch_size", "first_place")
+
+
+def with_origin(recipe: Recipe) -> Recipe:
+    """The recipe with what its encoder has to be told of the weights that it starts from (see `fitted_arguments`).
+
+    Raises:
+        UnknownModelError, SpecError, WeightsError: See `medmim.create_model`.
+    """
+    model = recipe.model
+    if model.weights is None:
+        return recipe
+    stored, _ = resolve(model.weights, None, HubAccess(), needs_weights=True)
+    family = find_family(stored.family, needed_by=model.weights)
+    given = checked_arguments(family.cls, model.args, model.name)
+    origin = fitted_arguments(family.cls, stored.args, given).get("pretrained_img_size")
+    if origin is None:
+        return recipe
+    args = {**model.args, "pretrained_img_size": list(origin)}
+    return recipe.model_copy(update={"model": model.model_copy(update={"args": args})})
 
 
 def start_from_weights(method: nn.Module, recipe: Recipe) -> TrainingRecord | None:
