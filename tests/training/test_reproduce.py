@@ -239,6 +239,20 @@ def test_what_fails_is_said_at_the_end_and_tried_again(pretend, experiment, shap
     assert "## How deep the decoder of pretraining is" in text
 
 
+def test_pretraining_is_done_for_what_starts_from_it_alone(pretend, experiment, shapes, tmp_path):
+    """Results may be kept, and gone on with, without the weights that they started from."""
+    Runner(experiment, shapes, tmp_path, smoke=True, only=["decoder"]).run()
+    shutil.rmtree(tmp_path / "pretraining")
+    before = len(pretend)
+    again = Runner(experiment, shapes, tmp_path, smoke=True, only=["decoder"])
+    again.run()
+    assert len(pretend) == before
+    tuned = next(run for run in again.wanted if isinstance(run, FineTuningRun))
+    shutil.rmtree(tmp_path / "finetuning" / tuned.id)
+    again.run()
+    assert pretend[before:] == [tuned.start.id, tuned.id]
+
+
 def test_sigterm_between_steps_and_between_runs(pretend, experiment, shapes, tmp_path, monkeypatch):
     grid = Runner(experiment, shapes, tmp_path, smoke=True, only=["ratio"])
     works = runner.finetune

@@ -143,7 +143,7 @@ class Runner:
         """Does each run that can be done now; gives whether some wait for what other processes are doing."""
         waiting, total = False, len(self.wanted)
         for number, run in enumerate(self.wanted, start=1):
-            if self.is_done(run) or run.id in self.problems:
+            if self.is_done(run) or run.id in self.problems or self._is_needless(run):
                 continue
             needed = [each for each in (getattr(run, "start", None), getattr(run, "same_time_as", None)) if each]
             failed = next((each.id for each in needed if each.id in self.problems), None)
@@ -183,6 +183,13 @@ class Runner:
         if isinstance(run, PretrainingRun):
             return (self.place(run) / ENCODER / CONFIG).is_file()
         return all(means_file(self.place(run), side).is_file() for side in SIDES)
+
+    def _is_needless(self, run: Run) -> bool:
+        """Whether all is done that would start from a pretraining, whose weights may have been deleted since."""
+        if not isinstance(run, PretrainingRun):
+            return False
+        tuned = [each for each in self.wanted if isinstance(each, FineTuningRun) and each.start is run]
+        return all(map(self.is_done, tuned))
 
     def overrides(self, run: Run) -> Overrides:
         """What a run's recipe is made with: its own overrides, and where data and encoder are here."""
