@@ -25,6 +25,7 @@ from medmim.limits import HEADER_BYTES
 
 SHARD_BYTES = 95_000_000  # git hosts refuse files of 100 MB
 BLOCK_BYTES = 2**24  # read at once; what a change of dtype needs beside the tensors
+HALVES = (torch.float16, torch.bfloat16)
 LISTED = 6  # tensors named in an error, of each kind
 DTYPES = {
     "F64": torch.float64,
@@ -43,8 +44,12 @@ DTYPES = {
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
+def read_tensors(paths: Iterable[Path], *, widen: bool = False) -> dict[str, Tensor]:
     """All tensors of a safetensors file, or of all shards of one.
+
+    Args:
+        paths: The files.
+        widen: Makes float32 of half precision; while a file is read, this takes less time than afterwards.
 
     Returns:
         Tensors on the CPU, in memory of their own.
@@ -59,7 +64,7 @@ def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
     for path in paths:
         _refuse_other_formats(path)
         try:
-            for block, views in _lay_out(path):
+            for block, views in _lay_out(path, widen=widen):
                 for key in views.keys() & tensors.keys():
                     raise WeightsError(f"{path}: {key} is stored in another shard already; save the model again")
                 tensors |= views
@@ -76,14 +81,22 @@ def _not_whole(path: Path, error: Exception) -> WeightsError:
 
 
 class _Block(NamedTuple):
-    """Some tensors of a file that are read at once: where they start there, and where they go."""
+    """Some tensors of a file, of one type of numbers, that are read at once.
+
+    Attributes:
+        path: The file.
+        start: Where they start there.
+        dtype: What they are stored as.
+        numbers: What they are to be, one after the other.
+    """
 
     path: Path
     start: int
-    memory: memoryview
+    dtype: torch.dtype
+    numbers: Tensor
 
 
-def _lay_out(path: Path) -> Iterator[tuple[_Block, dict[str, Tensor]]]:
+def _lay_out(path: Path, *, widen: bool) -> Iterator[tuple[_Block, dict[str, Tensor]]]:
     """The tensors of a file, yet without their values, in blocks.
 
     The library checks the header and says what there is; the bytes are read, not mapped: a mapped file takes the
@@ -97,16 +110,26 @@ def _lay_out(path: Path) -> Iterator[tuple[_Block, dict[str, Tensor]]]:
         # As they lie, without gaps, or the library would have refused the file.
         stored = {key: _Stored.of(header.get_slice(key), key, path) for key in header.offset_keys()}
     while stored:
-        places, size = {}, 0
+        dtype, keys, count = next(iter(stored.values())).dtype, [], 0
         for key, tensor in stored.items():
-            # Each at a multiple of its numbers' size, as processors want it.
-            if places and (size + tensor.nbytes > BLOCK_BYTES or size % tensor.dtype.itemsize):
+            if keys and (tensor.dtype != dtype or (count + tensor.count) * dtype.itemsize > BLOCK_BYTES):
                 break
-            places[key] = size
-            size += tensor.nbytes
-        memory = memoryview(np.empty(size, np.uint8))
-        yield _Block(path, start, memory), {key: stored.pop(key).view(memory, at) for key, at in places.items()}
-        start += size
+            keys.append(key)
+            count += tensor.count
+        numbers = _empty(count, torch.float32 if widen and dtype in HALVES else dtype)
+        parts = numbers.split([stored[key].count for key in keys])
+        yield (
+            _Block(path, start, dtype, numbers),
+            {key: part.view(stored.pop(key).shape) for key, part in zip(keys, parts, strict=True)},
+        )
+        start += count * dtype.itemsize
+
+
+def _empty(count: int, dtype: torch.dtype) -> Tensor:
+    """Numbers without values, in memory of numpy's, which takes large pages where it can: they are filled sooner."""
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(np.empty(count * dtype.itemsize, np.uint8), dtype=dtype)
 
 
 class _Stored(NamedTuple):
@@ -123,26 +146,24 @@ class _Stored(NamedTuple):
         return cls(tuple(described.get_shape()), DTYPES[dtype])
 
     @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def view(self, memory: memoryview, offset: int) -> Tensor:
-        """The tensor, in a piece of memory."""
-        count = math.prod(self.shape)
-        if not count:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return torch.frombuffer(memory, dtype=self.dtype, count=count, offset=offset).view(self.shape)
+    def count(self) -> int:
+        return math.prod(self.shape)
 
 
 def _read(block: _Block) -> None:
-    """Fills a block with the bytes of its file."""
+    """Fills a block with the numbers of its file."""
+    is_same = block.dtype == block.numbers.dtype
+    numbers = block.numbers if is_same else _empty(len(block.numbers), block.dtype)
+    memory = memoryview(numbers.view(torch.uint8).numpy())
     try:
         with open(block.path, "rb") as file:
             file.seek(block.start)
-            if file.readinto(block.memory) < len(block.memory):
-                raise OSError(f"it ends before byte {block.start + len(block.memory)}")
+            if file.readinto(memory) < len(memory):
+                raise OSError(f"it ends before byte {block.start + len(memory)}")
     except OSError as error:
         raise _not_whole(block.path, error) from None
+    if not is_same:
+        block.numbers.copy_(numbers)
 
 
 def _refuse_other_formats(path: Path) -> None:

@@ -94,13 +94,13 @@ def create_model(
     if task is not None and (checkpoint_path is not None or not pretrained):
         task = task.model_copy(update={"origin": None})  # is that of the stored weights, which are not loaded
     if checkpoint_path is not None:
-        tensors = read_tensors([to_path(checkpoint_path, "checkpoint_path")])
+        tensors = read_tensors([to_path(checkpoint_path, "checkpoint_path")], widen=dtype in (None, torch.float32))
         fill(model, args, family, stored, tensors, source=str(checkpoint_path), device=device, dtype=dtype)
     elif pretrained:
         weights = stored.weights
         if weights is not None and weights.converter is not None:
             raise WeightsError(f"{name} needs the converter {weights.converter!r}, which this medmim lacks; update it")
-        tensors = read_tensors(hub.fetch_encoder(place, weights))
+        tensors = read_tensors(hub.fetch_encoder(place, weights), widen=dtype in (None, torch.float32))
         fill(model, args, family, stored, tensors, source=str(place), device=device, dtype=dtype)
     if weights is not None and task is None:  # of another classifier than the stored one, but made for the same scans
         weights = weights.model_copy(update={"volume": stored.volume})
