@@ -24,7 +24,7 @@ from medmim.heads.segmenter import Segmenter
 from medmim.identity import uncompiled
 from medmim.layers.tokens import Size
 from medmim.transforms import create_transform
-from medmim.windows import cover, covering_grid, crop_window
+from medmim.windows import cover, covering_grid, crop_window, in_batches
 
 if TYPE_CHECKING:
     from medmim.scans import Scan
@@ -122,11 +122,9 @@ def dense_features(
         last map, rounded up, and at least the window's.
 
     Raises:
-        ValueError: For an overlap outside [0, 1).
+        ValueError: For an overlap outside [0, 1), or a batch of no windows.
         SpecError: When the model's input size is no multiple of the stride of its last map.
     """
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap={overlap} must be at least 0 and below 1")
     model = _encoder(model)
     stride, window_grid = last_map(model)
     grid_size = covering_grid(x.shape[1:], stride, window_grid)
@@ -136,8 +134,8 @@ def dense_features(
     fill, parameter = float(x.min()), next(model.parameters())
     windows = list(cover(grid_size, window_grid, overlap=overlap))
     with evaluating(model):
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size]
+        done = 0
+        for batch in in_batches(windows, batch_size):
             crops = torch.stack([crop_window(x, window, stride, fill=fill) for window in batch])
             maps = model.forward_features(crops.to(parameter)).float().cpu()
             if maps.ndim == 3:  # tokens (B, P + N, C)
@@ -145,8 +143,9 @@ def dense_features(
             for window, part in zip(batch, maps, strict=True):  # (C, Dg, Hg, Wg) of a window
                 features[:, *window] += part * weight
                 total[window] += weight
+            done += len(batch)
             if progress:
-                progress(start + len(batch), len(windows))
+                progress(done, len(windows))
     return features.div_(total)
 
 

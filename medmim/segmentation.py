@@ -25,7 +25,7 @@ from medmim.inference import evaluating
 from medmim.scans import AFFINE_TOLERANCE
 from medmim.transforms import create_transform, label_type
 from medmim.volumes import header_affine, load_volume, nifti_header, times
-from medmim.windows import cover, covering_grid, crop_window, to_voxels
+from medmim.windows import cover, covering_grid, crop_window, in_batches, to_voxels
 
 if TYPE_CHECKING:
     from medmim.scans import Scan
@@ -213,10 +213,8 @@ def predict_labels(
         (D, H, W) uint8, or int16 for more than 256 classes, on the CPU; the same whatever `band_bytes` is.
 
     Raises:
-        ValueError: For an overlap outside [0, 1).
+        ValueError: For an overlap outside [0, 1), or a batch of no windows.
     """
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap={overlap} must be at least 0 and below 1")
     depth, height, width = x.shape[1:]
     labels = torch.zeros(depth, height, width, dtype=label_type(model.num_classes))
     grid_size = covering_grid(x.shape[1:], model.patch_size, model.grid_size)
@@ -233,8 +231,7 @@ def predict_labels(
     with evaluating(model):
         for strip, inside in jobs:
             band = _Band(labels, strip, num_classes=model.num_classes, depth=model.img_size[0])
-            for start in range(0, len(inside), batch_size):
-                batch = inside[start : start + batch_size]
+            for batch in in_batches(inside, batch_size):
                 crops = torch.stack([crop_window(x, window, model.patch_size, fill=fill) for window in batch])
                 scores = model(crops.to(parameter)).float().cpu()  # (B, K, *img_size)
                 for window, part in zip(batch, scores, strict=True):

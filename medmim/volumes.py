@@ -251,6 +251,8 @@ def _check_array(array: np.ndarray, name: str) -> None:
 
 
 def _check_affine(affine: np.ndarray, name: str) -> None:
+    if affine.shape != (4, 4):
+        raise ScanError(f"{name}: the affine is {times(affine.shape)}; give (4, 4), voxel index to mm")
     with np.errstate(all="ignore"):
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or not ((spacing >= SPACING[0]) & (spacing <= SPACING[1])).all():

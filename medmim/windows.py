@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,13 +36,30 @@ def cover(grid_size: Size, window_grid: Size, *, overlap: float = 0.0) -> Iterat
         grid_size: (Dg, Hg, Wg), no side below that of a window.
         window_grid: Tokens of a window along each axis.
         overlap: Share of a window that the next one covers again, 0 to below 1; the last one may cover more.
+
+    Raises:
+        ValueError: For another overlap.
     """
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap={overlap} must be at least 0 and below 1")
     starts = []
     for side, window in zip(grid_size, window_grid, strict=True):
         step = max(1, round(window * (1 - overlap)))
         starts.append([*range(0, side - window, step), side - window])
     for corner in itertools.product(*starts):
         yield tuple(slice(start, start + window) for start, window in zip(corner, window_grid, strict=True))
+
+
+def in_batches(windows: Sequence[Window], batch_size: int) -> Iterator[Sequence[Window]]:
+    """Windows in lists of at most `batch_size`.
+
+    Raises:
+        ValueError: For a size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    for start in range(0, len(windows), batch_size):
+        yield windows[start : start + batch_size]
 
 
 def to_voxels(window: Window, patch_size: Size) -> Window:

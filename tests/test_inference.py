@@ -208,6 +208,12 @@ def test_impossible_overlap_is_refused(overlap):
         dense_features(PatchMeans(), noise(1, *WINDOW), overlap=overlap)
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_of_no_windows_are_refused(batch_size):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} must be at least 1"):
+        dense_features(PatchMeans(), noise(1, *WINDOW), batch_size=batch_size)
+
+
 # --- a whole scan -----------------------------------------------------------------------------------------------------
 
 

@@ -109,6 +109,8 @@ def test_many_classes_and_a_wrong_overlap():
     assert predict_labels(model, noise(8, 16, 8)).dtype == torch.int16
     with pytest.raises(ValueError, match="overlap=1"):
         predict_labels(model, noise(8, 16, 8), overlap=1)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        predict_labels(model, noise(8, 16, 8), batch_size=0)
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------

@@ -434,6 +434,8 @@ def test_one_voxel_that_is_no_number_is_enough(dtype, value):
 def test_volume_made_by_hand_is_checked():
     with pytest.raises(ScanError, match=r"^this volume: has 2 axes beside the channels \(shape 4 x 5 x 6\)"):
         Volume(np.zeros((4, 5, 6)), np.eye(4))
+    with pytest.raises(ScanError, match=r"the affine is 3 x 4; give \(4, 4\)"):
+        Volume(np.zeros((1, 4, 5, 6)), np.eye(4)[:3])
 
 
 def test_import_is_light():

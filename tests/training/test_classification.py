@@ -36,6 +36,7 @@ from medmim_training.tasks.labelled import find_labelled
 from medmim_training.tasks.loop import Run, claim_split
 from medmim_training.tasks.metrics import score_classes
 from medmim_training.tasks.recipe import ChangeSection, ClassificationRecipe, FineTuneRecipe, ProbeRecipe
+from scans import write_dicom
 
 CLASSES = ("thick", "thin")
 VOLUME = {"spacing": (2, 2, 2), "intensity": {"MR": {"kind": "percentile"}}}
@@ -440,6 +441,24 @@ def test_probes_read_the_scans_once_and_the_test_only_when_asked(archive, tmp_pa
     unprepared = settings | {"volume": None, "model": MODEL | {"name": "vit_t_mae3d_p8"}}
     with pytest.raises(SpecError, match="vit_t_mae3d_p8: nothing says how to prepare a scan; give volume="):
         probing.probe(ProbeRecipe.model_validate(unprepared), tmp_path)
+
+
+def test_probes_encode_a_series_anew_when_its_slices_are_others(tmp_path, monkeypatch):
+    rows = [f"{i},{i % 2},{'val' if i > 3 else 'train'}" for i in range(6)]
+    write_list(tmp_path / "list.csv", rows, "image,label,split")
+    for i in range(6):
+        write_dicom(tmp_path / str(i), rod(i, thick=i % 2 == 0).astype(np.int16), np.eye(4))
+    settings = {"data": str(tmp_path / "list.csv"), "model": MODEL, "volume": VOLUME, "modality": "MR"}
+    recipe = ProbeRecipe.model_validate(settings)
+    first = probing.probe(recipe, tmp_path / "probe")
+    encoded, stack = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda tensors: encoded.append(len(tensors)) or stack(tensors))
+    assert probing.probe(recipe, tmp_path / "probe") == first
+    assert not encoded
+    file = next((tmp_path / "2").iterdir())
+    os.utime(file, ns=(0, 0))  # as another program would write over it: the folder does not change
+    probing.probe(recipe, tmp_path / "probe")
+    assert encoded
 
 
 def test_probes_name_the_neighbours_that_they_asked_and_a_scan_that_is_missing(tmp_path):

@@ -204,13 +204,19 @@ def _key(fingerprint: bytes, cases: Sequence[Case]) -> str:
         if isinstance(case.image, np.ndarray):
             what = np.ascontiguousarray(case.image).tobytes()
         else:
-            try:
-                state = case.image.stat()
-            except OSError as error:
-                raise ScanError(f"{case.image}: cannot be read ({error.strerror}); check the path") from None
-            what = f"{case.image.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
+            what = _state_of(case.image).encode()
         digest.update(what)
     return digest.hexdigest()
+
+
+def _state_of(scan: Path) -> str:
+    """Where a scan is, and the size and time of its file or, of a DICOM series in a folder, its files."""
+    try:
+        files = sorted(scan.iterdir()) if scan.is_dir() else [scan]
+        states = [(file.name, file.stat()) for file in files]
+    except OSError as error:
+        raise ScanError(f"{scan}: cannot be read ({error.strerror}); check the path") from None
+    return f"{scan.resolve()} {[(name, state.st_size, state.st_mtime_ns) for name, state in states]}"
 
 
 def _read(path: Path, key: str) -> np.ndarray | None:
