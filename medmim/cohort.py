@@ -9,8 +9,9 @@ from pathlib import Path
 
 from medmim.errors import ScanError, SpecError, printable
 from medmim.files import check_writable, write_csv
+from medmim.folders import find_scans
+from medmim.formats import SCAN_SUFFIXES
 from medmim.limits import read_csv
-from medmim.volumes import SCAN_SUFFIXES, find_scans
 
 # --- names ------------------------------------------------------------------------------------------------------------
 

@@ -18,16 +18,8 @@ import numpy as np
 
 from medmim.codecs import decode
 from medmim.errors import ScanError
+from medmim.formats import DICOM_MAGIC, DICOM_PREAMBLE, DICOM_SUFFIX, LPS_TO_RAS, SCAN_SUFFIXES, check_claim, one_line
 from medmim.limits import DEFLATION
-from medmim.volumes import (
-    DICOM_MAGIC,
-    DICOM_PREAMBLE,
-    DICOM_SUFFIX,
-    LPS_TO_RAS,
-    SCAN_SUFFIXES,
-    check_claim,
-    one_line,
-)
 
 if TYPE_CHECKING:
     from pydicom import Dataset

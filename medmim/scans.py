@@ -14,7 +14,9 @@ from nibabel.spatialimages import SpatialImage
 from torch import Tensor, bfloat16
 
 from medmim.errors import ScanError
-from medmim.volumes import LPS_TO_RAS, Volume, affine_in_mm, load_volume, one_line
+from medmim.formats import LPS_TO_RAS, one_line
+from medmim.nifti import affine_in_mm
+from medmim.volumes import Volume, load_volume
 
 Scan = str | PathLike | Sequence[str | PathLike] | Volume | np.ndarray | Tensor | SpatialImage
 

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from medmim.errors import ScanError, SpecError
 from medmim.files import atomic_write
+from medmim.formats import times
 from medmim.heads.segmenter import Segmenter
 from medmim.identity import uncompiled
 from medmim.inference import evaluating
+from medmim.nifti import header_affine, nifti_header
 from medmim.scans import AFFINE_TOLERANCE
 from medmim.transforms import create_transform, label_type
-from medmim.volumes import header_affine, load_volume, nifti_header, times
+from medmim.volumes import load_volume
 from medmim.windows import cover, covering_grid, crop_window, in_batches, to_voxels
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import pytest
 
 from medmim.cohort import ScanTable, name_scans, place_files
 from medmim.errors import OutputError, ScanError, SpecError
-from medmim.volumes import DICOM_PREAMBLE
+from medmim.formats import DICOM_PREAMBLE
 
 
 def scan(path: Path) -> Path:

@@ -12,10 +12,11 @@ from monai.utils import SpaceKeys
 from torch import nn
 
 from medmim.errors import ScanError, SpecError
+from medmim.formats import LPS_TO_RAS
 from medmim.intensity import IntensityMap, intensity_map
 from medmim.spec import ModelSpec, Percentile, VolumeSpec, Window, ZScore
 from medmim.transforms import VolumeTransform, create_transform, guess_modality, to_grid
-from medmim.volumes import LPS_TO_RAS, Volume, load_volume
+from medmim.volumes import Volume, load_volume
 from scans import write_dicom
 
 SHAPE = (41, 22, 33)

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from medmim import volumes
+from medmim import folders
 from medmim.errors import ScanError
+from medmim.folders import find_scans
 from medmim.scans import as_volume
-from medmim.volumes import Volume, find_scans, load_volume
+from medmim.volumes import Volume, load_volume
 from scans import SHAPE, SPACING, itk_image, rotated_affine, save_nifti, voxels, write_dicom
 
 # --- the same scan from every format ----------------------------------------------------------------------------------
@@ -124,9 +125,9 @@ def test_few_files_are_opened_to_look_for_slices(tmp_path, monkeypatch):
     for i in range(50):
         (tmp_path / f"{i}.txt").touch()
     opened = []
-    monkeypatch.setattr(volumes, "_starts_as_dicom", opened.append)
+    monkeypatch.setattr(folders, "_starts_as_dicom", opened.append)
     assert find_scans(tmp_path) == []
-    assert len(set(opened)) == volumes.LOOKS
+    assert len(set(opened)) == folders.LOOKS
 
 
 def test_what_is_lost_in_a_folder_is_found_and_refused(tmp_path):

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from medmim.errors import SpecError
+from medmim.folders import find_scans
 from medmim.limits import LIST_BYTES, read_csv, read_json
-from medmim.volumes import find_scans
 
 PATH_COLUMNS = ("file", "image", "path")
 SPLITS = ("training", "validation", "test")

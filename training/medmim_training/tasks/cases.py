@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medmim.errors import ScanError, SpecError
+from medmim.folders import find_scans
+from medmim.formats import NIFTI_SUFFIXES
 from medmim.layers.tokens import Size
 from medmim.limits import LIST_BYTES, read_csv, read_json
 from medmim.transforms import VolumeTransform, label_type, labels_on_grid
-from medmim.volumes import NIFTI_SUFFIXES, Volume, find_scans, load_volume
+from medmim.volumes import Volume, load_volume
 from medmim_training.store.sources import DATASET, IMAGES
 
 LABELS, SPLITS = "labelsTr", "subjects.csv"
