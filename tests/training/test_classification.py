@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 from test_engine import Interrupted, stop_at
 from test_finetune import RUN, lines
@@ -323,6 +324,17 @@ def test_rates_and_the_weight_of_a_rare_class(recipe, tmp_path):
         )
     )
     assert head == pool > block > stem
+
+
+def test_a_rare_class_counts_as_much_as_a_common_one_whatever_batch_a_case_is_in(recipe):
+    task = ClassificationTask(recipe)
+    truth = torch.tensor([case.label for case in task.split.training])
+    outputs = torch.randn(len(truth), 2, generator=torch.Generator().manual_seed(0))
+    for size in (1, 2, 8):
+        parts = [task.loss(x, {"class": y}) for x, y in zip(outputs.split(size), truth.split(size), strict=True)]
+        each = F.cross_entropy(outputs, truth, reduction="none")
+        expected = (each[truth == 0].mean() + each[truth == 1].mean()) / 2
+        assert torch.stack(parts).mean().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_what_cannot_be_run_is_said(recipe, archive, finished, tmp_path, monkeypatch, segmentation_data):  # noqa: F811

@@ -99,7 +99,9 @@ class ClassificationTask(loop.Task):
         )
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(outputs, batch["class"], weight=self.weights.to(outputs.device))
+        weight = self.weights.to(outputs.device)
+        # Not torch's weighted mean, which divides by the weights of the batch: in a batch of one class they do nothing.
+        return F.cross_entropy(outputs, batch["class"], weight=weight, reduction="none").mean()
 
     def validate(self, step: int, pictures: Path) -> Validation:
         truth = np.array([case.label for case in self.split.validation])
