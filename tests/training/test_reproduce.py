@@ -28,7 +28,7 @@ from medmim_training import cli
 from medmim_training.fetch import FetchError, fetch_data
 from medmim_training.plan import make_plan
 from medmim_training.preemption import Preempted, stop_requests
-from medmim_training.reproduce import page, runner
+from medmim_training.reproduce import estimate, page, runner
 from medmim_training.reproduce.experiment import (
     Experiment,
     FineTuningRun,
@@ -251,6 +251,27 @@ def test_pretraining_is_done_for_what_starts_from_it_alone(pretend, experiment, 
     shutil.rmtree(tmp_path / "finetuning" / tuned.id)
     again.run()
     assert pretend[before:] == [tuned.start.id, tuned.id]
+
+
+def test_pretraining_that_nothing_waits_for_is_neither_counted_nor_taken_for_another_ones(
+    pretend, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(estimate, "flops", lambda run, split: 3.6e12)  # an hour, with what --tflops says below
+    command = ["medmim-train", "reproduce", "paper-small", "-o", str(tmp_path), "--smoke", "--only", "decoder"]
+
+    def call(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+        return capfd.readouterr().out
+
+    call()
+    shutil.rmtree(tmp_path / "pretraining")
+    assert "other processes" not in call()
+    planned = call("--dry-run", "--tflops", "0.001")
+    assert planned.count("not needed") == 5
+    assert "left, at the least: 0.0 hours" in planned
 
 
 def test_sigterm_between_steps_and_between_runs(pretend, experiment, shapes, tmp_path, monkeypatch):
@@ -493,6 +514,9 @@ def test_the_paired_interval_is_that_of_the_t_test():
 
 
 def test_what_a_run_does_not_have_is_left_out_of_the_page():
+    without, with_one = ({seed: SimpleNamespace(test_dice=dice) for seed in range(2)} for dice in (math.nan, 0.5))
+    assert page._difference(with_one, without) is None
+    assert page._difference(with_one, with_one).mean == 0
     assert page._spread([1.0, 2.0], 2) == "1.50 ± 0.71"
     assert page._spread([1.0], 2) == "1.00"
     assert page._spread([math.nan, 1.0], 2) == "-"

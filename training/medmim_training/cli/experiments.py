@@ -67,7 +67,7 @@ def reproduce(
         try:
             if not report:
                 runner.run(watch)
-                if others := sum(not runner.is_done(run) for run in runner.wanted):
+                if others := len(runner.left()):
                     progress.console.print(f"{others} runs are being done by other processes; --report makes the page")
             else:
                 runner.write_manifest()
@@ -82,12 +82,13 @@ def _print_runs(runner: Runner, tflops: float | None) -> None:
 
     rate = tflops * 1e12 if tflops else matrix_product_rate("fp32")
     table = Table("run", "for", "minutes", "done", title=f"{len(runner.wanted)} runs")
-    left = 0.0
+    hours, left = 0.0, runner.left()
     for wanted in runner.wanted:
-        minutes, done = flops(wanted, runner.split) / rate / 60, runner.is_done(wanted)
-        left += 0 if done else minutes
+        minutes = flops(wanted, runner.split) / rate / 60
+        hours += minutes / 60 if wanted in left else 0
+        done = "" if wanted in left else "yes" if runner.is_done(wanted) else "not needed"
         rows = "; ".join(f"{name}: {row}" for name, row in getattr(wanted, "rows", ()))
-        table.add_row(wanted.id, rows, f"{minutes:.1f}", "yes" if done else "")
+        table.add_row(wanted.id, rows, f"{minutes:.1f}", done)
     console.print(table)
     where = "given" if tflops else "of matrix products here"
-    console.print(f"left, at the least: {left / 60:.1f} hours at {rate / 1e12:.3f} TFLOP/s ({where})")
+    console.print(f"left, at the least: {hours:.1f} hours at {rate / 1e12:.3f} TFLOP/s ({where})")

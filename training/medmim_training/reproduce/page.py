@@ -144,7 +144,8 @@ def _difference(ours: Seeds, theirs: Seeds | None) -> Difference | None:
     if not theirs:
         return None
     first, second = ({seed: result.test_dice for seed, result in each.items()} for each in (ours, theirs))
-    return paired_difference(first, second)
+    found = paired_difference(first, second)
+    return found if found and math.isfinite(found.mean) else None  # see _spread
 
 
 def _curves(seeds: Seeds) -> dict[int, Curve]:

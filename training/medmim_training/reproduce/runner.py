@@ -184,6 +184,10 @@ class Runner:
             return (self.place(run) / ENCODER / CONFIG).is_file()
         return all(means_file(self.place(run), side).is_file() for side in SIDES)
 
+    def left(self) -> list[Run]:
+        """Those of `wanted` that are not done and that something waits for."""
+        return [run for run in self.wanted if not self.is_done(run) and not self._is_needless(run)]
+
     def _is_needless(self, run: Run) -> bool:
         """Whether all is done that would start from a pretraining, whose weights may have been deleted since."""
         if not isinstance(run, PretrainingRun):
