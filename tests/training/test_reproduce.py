@@ -522,6 +522,18 @@ def test_what_a_run_does_not_have_is_left_out_of_the_page():
     assert page._spread([math.nan, 1.0], 2) == "-"
 
 
+def test_results_of_cubic_patches_and_how_steps_were_counted(pretend, experiment, shapes, tmp_path):
+    first = experiment.tables["alone"]
+    cubes = first.rows["scratch"].model_copy(update={"overrides": ("model.args.patch_size=8",)})
+    table = first.model_copy(update={"rows": {"scratch": cubes}, "seeds": 1})
+    grid = Runner(experiment.model_copy(update={"tables": {"alone": table}}), shapes, tmp_path)
+    grid.run()
+    text = page.write_report(grid, tmp_path / "report").read_text(encoding="utf-8")
+    with open(tmp_path / "report" / "results.csv", newline="", encoding="utf-8") as file:
+        assert [row["patch"] for row in csv.DictReader(file)] == ["8x8x8"]
+    assert "the median over seeds" in text
+
+
 def test_steps_to_a_dice():
     curve = ((10, 0.2), (20, 0.6), (30, 0.5), (40, 0.7))
     assert steps_to(curve, 0.1) == 10

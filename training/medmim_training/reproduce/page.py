@@ -82,10 +82,12 @@ def _head(runner: Runner, done: int) -> str:
         "their cards list what they saw. The best step of each fine-tuning run was chosen by validation; test cases "
         "chose nothing.",
         "Dice and HD95 (mm) are means over cases of the mean over classes, measured in the scans' own voxels, then "
-        "means over seeds, with the standard deviation over seeds after ±. A seed decides the decoder's first weights, "
-        "the crops, and which cases are labelled; pretraining was run once a variant, so its own chance is not in the "
-        "intervals. Differences are paired by seed, with 95 % intervals by Student's t. There are many comparisons and "
-        "none is corrected for: of twenty without a real difference, about one will look like one.",
+        "means over seeds, with the standard deviation over seeds after ±. A class that only one of labels and "
+        "prediction has in a case counts as Dice 0 and, for HD95, the diagonal of the scan; one that neither has does "
+        "not count. A seed decides the first weights of what is new, the crops, and which cases are labelled; "
+        "pretraining was run once a variant, so its own chance is not in the intervals. Differences are paired by "
+        "seed, with 95 % intervals by Student's t. There are many comparisons and none is corrected for: of twenty "
+        "without a real difference, about one will look like one.",
         "CPU times are those of the machine that each run was done on, which need not be one and the same.",
     ]
     return "\n\n".join(lines)
@@ -101,6 +103,11 @@ def _section(table: Table, rows: dict[str, Seeds], figures: Sequence[str]) -> st
     if missing:
         parts.append(f"Incomplete: {'; '.join(missing)}.")
     parts.append(_findings(table, rows))
+    if "speed" in table.shows:
+        parts.append(
+            "Fewer steps: until validation Dice, on the network's grid, first reaches that with which the row beside "
+            "it ends; the median over seeds, of which one that never reaches it counts as 0 times."
+        )
     parts.append("\n".join(f"![{table.title}]({figure})" for figure in figures))
     return "\n\n".join(part for part in parts if part)
 

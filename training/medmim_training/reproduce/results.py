@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from medmim.files import write_csv
+from medmim.layers.tokens import to_size
 from medmim.limits import CONFIG_BYTES, LIST_BYTES, read_json, read_text
 from medmim_training.engine import RECIPE_FILE
 from medmim_training.recipe import load_recipe
@@ -77,6 +78,7 @@ def _result(runner: Runner, run: FineTuningRun) -> Result:
     if before is not None:
         method = before.recipe.method.args
     decoder = method.get("decoder", {})
+    patch = recipe.model.args.get("patch_size")  # one number is a cube
     return Result(
         run=run.id,
         rows="; ".join(f"{table}: {row}" for table, row in run.rows),
@@ -86,7 +88,7 @@ def _result(runner: Runner, run: FineTuningRun) -> Result:
         decoder_depth=decoder.get("depth"),
         pretraining_steps=before.recipe.schedule.steps if before else None,
         pretraining_cpu_seconds=cpu_seconds(runner.place(before)) if before else None,
-        patch=_sides(recipe.model.args.get("patch_size")),
+        patch=_sides(to_size(patch, "patch_size") if patch else None),
         spacing=_sides(recipe.volume.spacing if recipe.volume else None),
         labels=str(recipe.labels),
         training_cases=len(read_json(folder / SPLIT_FILE, LIST_BYTES)["training"]),
@@ -160,7 +162,7 @@ def steps_to(curve: Curve, dice: float) -> float:
     before = None
     for step, value in curve:
         if value >= dice:
-            if before is None or value == before[1]:
+            if before is None:
                 return float(step)
             return before[0] + (step - before[0]) * (dice - before[1]) / (value - before[1])
         before = step, value

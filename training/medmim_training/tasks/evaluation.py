@@ -164,7 +164,8 @@ def _as_data(scores: Sequence[Score], side: Side) -> dict[str, Any]:
     return {
         "side": side,
         "cases": len({score.case for score in scores}),
-        "protocol": "the scan's own voxels; mean over cases of that over classes; 95 % interval from resampled cases",
+        "protocol": "the scan's own voxels; mean over cases of that over classes; 95 % interval from resampled cases; "
+        "a class that only one of labels and prediction has counts as Dice 0 and HD95 the scan's diagonal",
         "results": {
             label: {metric: [_short(m.value), _short(m.low), _short(m.high)] for metric, m in metrics.items()}
             for label, metrics in means_of(scores).items()
