@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from medmim.scans import Scan
     from medmim.spec import VolumeSpec
 
+PARTS = ("features", "pooled", "affine")  # of an embedding, in a file
 FOREGROUND = 0.05  # of the range of the scaled scan: about 100 HU above air in a window of -1000 to 1000
 
 
@@ -204,13 +205,38 @@ def save_embeddings(path: str | Path, embeddings: Mapping[str, Embedding]) -> No
 
     tensors, metadata = {}, {}
     for name, embedding in embeddings.items():
-        tensors |= {f"{name}/{part}": getattr(embedding, part) for part in ("features", "pooled", "affine")}
+        tensors |= {f"{name}/{part}": getattr(embedding, part) for part in PARTS}
         metadata |= {"model": embedding.model, f"{name}/scan": printable(embedding.scan)}
     with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:  # a full disk, for example
             raise OSError(f"{path}: {error}") from None
+
+
+def read_embeddings(path: Path, *, scans: Mapping[str, str], model: str) -> dict[str, Embedding]:
+    """What `save_embeddings` wrote of some scans.
+
+    Args:
+        path: The file; one that is not there or not whole has none.
+        scans: What each embedding must say that it is of, by name.
+        model: Likewise, of all.
+
+    Returns:
+        By name those that are there.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            there = {name: scan for name, scan in scans.items() if metadata.get(f"{name}/scan") == scan}
+            return {
+                name: Embedding(*(file.get_tensor(f"{name}/{part}").clone() for part in PARTS), model, scan)
+                for name, scan in (there if metadata.get("model") == model else {}).items()
+            }
+    except (SafetensorError, OSError):
+        return {}
 
 
 def check_embeddings(path: Path, *, name: str, scan: str, model: str) -> None:

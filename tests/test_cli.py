@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 import medmim
 from medmim import hub, inference, reconstruction
@@ -273,6 +274,28 @@ def test_embed_that_is_stopped_writes_what_was_done(call, model, tmp_path, monke
         assert (code, out) == (ending, f"{output}: 1 of 3 scans\n")
     with safe_open(output, "np") as file:
         assert {key.rpartition("/")[0] for key in file.keys()} == {"a"}  # noqa: SIM118 (it is no dict)
+
+
+def test_embed_into_a_file_goes_on_and_loses_nothing_when_it_is_stopped_again(call, model, tmp_path, monkeypatch):
+    scans = [scan_file(tmp_path, name) for name in ("a.nii.gz", "b.nii.gz", "c.nii.gz")]
+    output, encode = tmp_path / "features.safetensors", inference.embed
+    assert call("embed", scans[1], "-o", output, "-m", model)[:2] == (0, f"{output}: 1 of 1 scans\n")
+    before = load_file(output)
+
+    def stopped(encoder, scan, **options):
+        if scan != scans[0]:
+            raise KeyboardInterrupt
+        return encode(encoder, scan, **options)
+
+    monkeypatch.setattr(inference, "embed", stopped)
+    code, out, _ = call("embed", *scans, "-o", output, "-m", model)
+    assert {key.rpartition("/")[0] for key in load_file(output)} == {"a", "b"}
+    assert (code, out) == (130, f"{output}: 1 of 2 scans, 1 were there already\n")
+    monkeypatch.setattr(inference, "embed", encode)
+    assert call("embed", *scans, "-o", output, "-m", model)[0] == 0
+    after = load_file(output)
+    assert {key.rpartition("/")[0] for key in after} == {"a", "b", "c"}
+    assert all(np.array_equal(after[key], value) for key, value in before.items())
 
 
 def test_embed_into_a_folder_skips_what_is_done(call, model, tmp_path):

@@ -39,9 +39,9 @@ def embed(
     """Writes the dense features and one pooled vector of each scan.
 
     A scan is called by its file name without the suffix, or by its path in the folder that was given. One that cannot
-    be used is reported and the others go on; the exit code is then 1. In a folder, scans that have their file are
-    skipped. One file for all is written at the end, or when the run is stopped (Ctrl-C) or fails: with the scans that
-    were done; until then they are in memory.
+    be used is reported and the others go on; the exit code is then 1. Scans that are done are skipped. One file for all
+    is written at the end, or when the run is stopped (Ctrl-C) or fails: with the scans that were done; until then they
+    are in memory. It holds no others than those that are given.
 
     Example: `medmim embed scans/ -o features`
     """
@@ -71,22 +71,23 @@ def _embed_to_folder(scans: list[Path], folder: Path, model: str, modality: Moda
 
 
 def _embed_to_file(scans: list[Path], file: Path, model: str, modality: Modality | None) -> None:
-    from medmim.cohort import name_scans
-    from medmim.inference import save_embeddings
+    from medmim.cohort import file_of, name_scans
+    from medmim.inference import read_embeddings, save_embeddings
 
     named = name_scans(scans)
-    embed_scan, _ = _embedding_with(model, modality)
-    embeddings = {}
+    embed_scan, made_by = _embedding_with(model, modality)
+    embeddings = read_embeddings(file, scans={name: file_of(scan) for name, scan in named.items()}, model=made_by)
+    already, left = len(embeddings), {name: scan for name, scan in named.items() if name not in embeddings}
 
     def add(name: str, scan: Path, progress: Callable[[int, int], None]) -> None:
         embeddings[name] = embed_scan(scan, progress)
 
     try:
-        _each_scan(named, add)
+        _each_scan(left, add)
     finally:  # hours of work are not lost to what ends the rest
         if embeddings:
             save_embeddings(file, embeddings)
-        _say_done(file, len(embeddings), len(named))
+        _say_done(file, len(embeddings) - already, len(left), already=already)
     if len(embeddings) < len(named):
         raise typer.Exit(1)
 
