@@ -29,7 +29,7 @@ from medmim_training import cli
 from medmim_training.engine import NonFiniteLossError
 from medmim_training.preemption import Preempted
 from medmim_training.recipe import list_recipes, load_recipe
-from medmim_training.tasks import classification, metrics, segmentation
+from medmim_training.tasks import classification, evaluation, metrics, segmentation
 from medmim_training.tasks.cases import (
     LoadedCase,
     choose,
@@ -715,6 +715,15 @@ def test_test_cases_are_scored_in_their_own_voxels(finished, data, tmp_path, mon
     means = json.loads((tmp_path / "test.json").read_text())
     assert means["cases"] == 1
     assert means["results"]["mean"]["dice"][0] == pytest.approx(np.mean([float(row["dice"]) for row in rows]), abs=1e-5)
+
+
+def test_a_run_that_cannot_be_written_to_is_said_before_its_test_cases_are_predicted(tmp_path, monkeypatch, capfd):
+    (tmp_path / "run" / "test.json").mkdir(parents=True)
+    monkeypatch.setattr(evaluation, "evaluate_run", None)
+    monkeypatch.setattr(sys, "argv", ["medmim-train", "test", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "test.json: cannot be written (a folder has that name)" in capfd.readouterr().err
 
 
 def test_labels_are_checked_in_the_last_evaluation_as_in_training(finished, data, tmp_path):

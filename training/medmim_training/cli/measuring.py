@@ -125,8 +125,7 @@ def evaluate_segmenter(
     from medmim_training.tasks.evaluation import evaluate_run, means_of, write_evaluation
 
     side = "validation" if validation else "test"
-    if out:
-        check_writable(out / f"{side}.json")
+    check_writable((out or run) / f"{side}.json")
     with progress_bar() as progress:
         scores = evaluate_run(run, side, report=reporting(progress, f"{side} cases", None))
     means = means_of(scores)
