@@ -374,8 +374,12 @@ def test_runs_of_other_cases_are_not_gone_on_with(pretend, experiment, shapes, t
     text = (data / "subjects.csv").read_text()
     header, first, *others = text.splitlines()
     (data / "subjects.csv").write_text("\n".join([header, first.rpartition(",")[0] + ",test", *others]) + "\n")
+    changed = Runner(experiment, data, tmp_path / "out", smoke=True, only=["peers"])
     with pytest.raises(SpecError, match=r"split\.json: the run began with other cases for"):
-        Runner(experiment, data, tmp_path / "out", smoke=True, only=["peers"]).run()
+        changed.run()
+    with pytest.raises(SpecError, match=r"split\.json: the run began with other cases for"):
+        page.write_report(changed, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_signal_is_heard_by_all_that_wait_for_one():

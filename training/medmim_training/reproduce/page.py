@@ -37,7 +37,11 @@ def write_report(runner: Runner, folder: Path) -> Path:
 
     Returns:
         The page.
+
+    Raises:
+        SpecError: When the runs were of other cases than the data has now, which the page would then tell of.
     """
+    runner.claim()
     results = {result.run: result for result in collect(runner)}
     write_results(folder / RESULTS, list(results.values()))
     tables = {

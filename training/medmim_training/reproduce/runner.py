@@ -121,8 +121,7 @@ class Runner:
             IncompleteError: At the end, when runs failed; the same command tries them again.
             CheckpointError: When the disk is full.
         """
-        with self.claims.alone():
-            claim_split(self.folder / SPLIT_FILE, self.split)
+        self.claim()
         self.problems.clear()
         with stop_requests() as stop:
             try:
@@ -138,6 +137,15 @@ class Runner:
                 f"{len(self.problems)} of {len(self.wanted)} runs failed, such as {first} ({problem}); "
                 "the same command tries them again"
             )
+
+    def claim(self) -> None:
+        """Binds the folder to these cases.
+
+        Raises:
+            SpecError: When the runs that are there were of other cases.
+        """
+        with self.claims.alone():
+            claim_split(self.folder / SPLIT_FILE, self.split)
 
     def _pass(self, stop: threading.Event, watch: Callable[[Progress], None]) -> bool:
         """Does each run that can be done now; gives whether some wait for what other processes are doing."""
