@@ -114,7 +114,8 @@ class ScanTable:
 
     Args:
         path: The file; rows that it has already stay.
-        columns: Of numbers, besides the first, which is `scan`.
+        columns: Of numbers, besides the first, which is `scan`; a class that is called as another column is has the
+            word `class` before its name.
         model: Which one computes the numbers, see `medmim.identity`.
 
     Raises:
@@ -123,7 +124,9 @@ class ScanTable:
     """
 
     def __init__(self, path: Path, columns: Sequence[str], *, model: str) -> None:
-        self.path, self.model, self.header = path, model, ["scan", *columns, "file", "model"]
+        own = ("scan", "file", "model")
+        numbers = [f"class {column}" if column in own else column for column in columns]
+        self.path, self.model, self.header = path, model, ["scan", *numbers, "file", "model"]
         self.rows: dict[str, list[str]] = {}
         check_writable(path)
         if not path.is_file():

@@ -83,3 +83,12 @@ def test_a_row_without_a_model_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("scan,x,file,model\na,1\n")
     with pytest.raises(SpecError, match="has rows of another model, without a name, and this is m;"):
         ScanTable(tmp_path / "t.csv", ["x"], model="m")
+
+
+def test_classes_that_are_called_as_other_columns_keep_their_numbers(tmp_path):
+    columns, image = ("scan", "model", "x"), tmp_path / "a.nii.gz"
+    ScanTable(tmp_path / "t.csv", columns, model="m").add("a", image, (0.1, 0.2, 0.7))
+    table = ScanTable(tmp_path / "t.csv", columns, model="m")
+    assert table.header == ["scan", "class scan", "class model", "x", "file", "model"]
+    assert table.rows == {"a": ["0.1", "0.2", "0.7", str(image), "m"]}
+    assert not table.without_row({"a": image})
