@@ -86,14 +86,16 @@ class _Block(NamedTuple):
     Attributes:
         path: The file.
         start: Where they start there.
-        dtype: What they are stored as.
-        numbers: What they are to be, one after the other.
+        stored: What they are stored as.
+        dtype: What they are to be.
+        memory: Where they go, one after the other.
     """
 
     path: Path
     start: int
+    stored: torch.dtype
     dtype: torch.dtype
-    numbers: Tensor
+    memory: memoryview
 
 
 def _lay_out(path: Path, *, widen: bool) -> Iterator[tuple[_Block, dict[str, Tensor]]]:
@@ -116,20 +118,30 @@ def _lay_out(path: Path, *, widen: bool) -> Iterator[tuple[_Block, dict[str, Ten
                 break
             keys.append(key)
             count += tensor.count
-        numbers = _empty(count, torch.float32 if widen and dtype in HALVES else dtype)
-        parts = numbers.split([stored[key].count for key in keys])
-        yield (
-            _Block(path, start, dtype, numbers),
-            {key: part.view(stored.pop(key).shape) for key, part in zip(keys, parts, strict=True)},
-        )
+        wanted = torch.float32 if widen and dtype in HALVES else dtype
+        block = _Block(path, start, dtype, wanted, _memory(count * wanted.itemsize))
+        views, at = {}, 0
+        for key in keys:
+            tensor = stored.pop(key)
+            views[key] = _numbers(block.memory, wanted, tensor.count, at).view(tensor.shape)
+            at += tensor.count
+        yield block, views
         start += count * dtype.itemsize
 
 
-def _empty(count: int, dtype: torch.dtype) -> Tensor:
-    """Numbers without values, in memory of numpy's, which takes large pages where it can: they are filled sooner."""
+def _memory(size: int) -> memoryview:
+    """Bytes without values. They are numpy's, which takes large pages where it can: those are filled sooner."""
+    return memoryview(np.empty(size, np.uint8))
+
+
+def _numbers(memory: memoryview, dtype: torch.dtype, count: int, at: int = 0) -> Tensor:
+    """So many numbers of a piece of memory, the first being that number `at`.
+
+    To torch they are a storage of their own: it would save a whole one with each tensor that has a part of it.
+    """
     if not count:
         return torch.empty(0, dtype=dtype)
-    return torch.frombuffer(np.empty(count * dtype.itemsize, np.uint8), dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=at * dtype.itemsize)
 
 
 class _Stored(NamedTuple):
@@ -152,9 +164,8 @@ class _Stored(NamedTuple):
 
 def _read(block: _Block) -> None:
     """Fills a block with the numbers of its file."""
-    is_same = block.dtype == block.numbers.dtype
-    numbers = block.numbers if is_same else _empty(len(block.numbers), block.dtype)
-    memory = memoryview(numbers.view(torch.uint8).numpy())
+    count = len(block.memory) // block.dtype.itemsize
+    memory = block.memory if block.stored == block.dtype else _memory(count * block.stored.itemsize)
     try:
         with open(block.path, "rb") as file:
             file.seek(block.start)
@@ -162,8 +173,8 @@ def _read(block: _Block) -> None:
                 raise OSError(f"it ends before byte {block.start + len(memory)}")
     except OSError as error:
         raise _not_whole(block.path, error) from None
-    if not is_same:
-        block.numbers.copy_(numbers)
+    if memory is not block.memory:
+        _numbers(block.memory, block.dtype, count).copy_(_numbers(memory, block.stored, count))
 
 
 def _refuse_other_formats(path: Path) -> None:

@@ -485,6 +485,30 @@ def test_tensors_of_every_kind_are_read_as_the_library_reads_them(block, tmp_pat
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
 
 
+def test_halves_may_be_widened_while_they_are_read(tmp_path):
+    tensors = {
+        "brain": torch.rand(3, 5).bfloat16(),
+        "half": torch.rand(7).half(),
+        "none": torch.empty(0, 4).half(),
+        "float": torch.rand(4),
+        "double": torch.rand(2).double(),
+        "whole": torch.arange(3),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    read = checkpoints.read_tensors([tmp_path / "x.safetensors"], widen=True)
+    for key, tensor in tensors.items():
+        expected = tensor.float() if key in ("brain", "half", "none") else tensor
+        assert read[key].dtype == expected.dtype
+        assert torch.equal(read[key], expected)
+
+
+def test_a_part_of_a_loaded_model_is_saved_alone(tiny_folder, tmp_path):
+    """Though its tensors lie in one piece of memory with all others."""
+    model = medmim.from_pretrained(tiny_folder[0])
+    torch.save(model.norm.state_dict(), tmp_path / "norm.pt")
+    assert (tmp_path / "norm.pt").stat().st_size < 10_000
+
+
 @pytest.mark.parametrize("dtype", checkpoints.DTYPES.values(), ids=str)
 def test_every_type_of_numbers_is_read(dtype, tmp_path):
     stored = torch.arange(24).reshape(2, 3, 4).to(dtype)
