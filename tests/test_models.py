@@ -174,6 +174,17 @@ def test_another_input_size(model):
 
 
 @every_model
+def test_what_is_frozen_stays_frozen_at_another_size(model):
+    model.requires_grad_(False)
+    kept = dict(model.named_parameters())
+    model.set_input_size(model.img_size)
+    assert all(parameter is kept[name] for name, parameter in model.named_parameters())
+    patch_size = tuple(side // 2 for side in model.patch_size) if hasattr(model, "patch_embed") else None
+    model.set_input_size(2 * math.lcm(*model.patch_size), patch_size)
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@every_model
 def test_wrong_input_is_refused_in_one_sentence(model, x):
     for call in (model, model.forward_intermediates):
         with pytest.raises(ValueError, match="set_input_size"):

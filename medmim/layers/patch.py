@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medmim.layers.adapt import resize_patch_kernel
 from medmim.layers.tokens import Size
 
 
@@ -21,3 +23,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+    def resized(self, patch_size: Size) -> PatchEmbed:
+        """One for patches of another size, its weights resampled to fit and frozen where these are."""
+        old = self.proj
+        resized = PatchEmbed(old.in_channels, old.out_channels, patch_size).to(old.weight)
+        with torch.no_grad():
+            resized.proj.weight.copy_(resize_patch_kernel(old.weight, patch_size))
+            resized.proj.bias.copy_(old.bias)
+        return resized.requires_grad_(old.weight.requires_grad)

@@ -366,11 +366,7 @@ class SwinTransformer3D(FeatureMaps, Shareable, nn.Module):
         patch_size = to_size(self.patch_size if patch_size is None else patch_size, "patch_size")
         self.grid_size = to_grid_size(img_size, patch_size)
         if patch_size != self.patch_size:
-            old, self.patch_embed = self.patch_embed.proj, PatchEmbed(self.in_chans, self.embed_dim, patch_size)
-            self.patch_embed.to(old.weight)
-            with torch.no_grad():
-                self.patch_embed.proj.weight.copy_(resize_patch_kernel(old.weight, patch_size))
-                self.patch_embed.proj.bias.copy_(old.bias)
+            self.patch_embed = self.patch_embed.resized(patch_size)
         self.img_size, self.patch_size = img_size, patch_size
         self.init_buffers()
 

@@ -174,14 +174,11 @@ class VisionTransformer3D(FeatureMaps, Shareable, nn.Module):
             self.pretrained_img_size = self.pretrained_img_size or self.img_size
         if patch_size != self.patch_size:
             self.pretrained_img_size = None
-            old, self.patch_embed = self.patch_embed.proj, PatchEmbed(self.in_chans, self.embed_dim, patch_size)
-            self.patch_embed.to(old.weight)
-            with torch.no_grad():
-                self.patch_embed.proj.weight.copy_(resize_patch_kernel(old.weight, patch_size))
-                self.patch_embed.proj.bias.copy_(old.bias)
+            self.patch_embed = self.patch_embed.resized(patch_size)
         self.img_size, self.patch_size = img_size, patch_size
-        if self.learned_positions:
-            self.pos_embed = nn.Parameter(resample_position(self.pos_embed.data, old_grid, self.grid_size))
+        if self.learned_positions and self.grid_size != old_grid:
+            position = resample_position(self.pos_embed.data, old_grid, self.grid_size)
+            self.pos_embed = nn.Parameter(position, requires_grad=self.pos_embed.requires_grad)
         self.init_buffers()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
