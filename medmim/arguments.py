@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from itertools import takewhile
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -81,7 +84,7 @@ def check_arguments(cls: Callable[..., nn.Module], args: Mapping[str, Any], name
 
 def _check_keywords(cls: Callable[..., nn.Module], given: Mapping[str, Any], name: str) -> None:
     accepted = parameters_of(cls)
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+    if passes_on(cls):
         return
     for key in given:
         if key not in accepted and key in ELSEWHERE:
@@ -109,8 +112,17 @@ def check_placement(device: Any, dtype: Any) -> None:
 
 
 def parameters_of(cls: Callable[..., nn.Module]) -> dict[str, inspect.Parameter]:
-    """The parameters of a constructor by name."""
-    return dict(inspect.signature(cls).parameters)
+    """The parameters of a constructor by name, and those that it passes on to a class that it extends."""
+    parameters = dict(inspect.signature(cls).parameters)
+    for constructor in _constructors(cls)[1:]:
+        _, *inherited = inspect.signature(constructor).parameters.items()  # the first is self
+        parameters = dict(inherited) | parameters
+    return parameters
+
+
+def passes_on(cls: Callable[..., nn.Module]) -> bool:
+    """Whether a constructor takes any keyword."""
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(cls).parameters.values())
 
 
 def defaults_of(cls: Callable[..., nn.Module]) -> dict[str, Any]:
@@ -120,7 +132,25 @@ def defaults_of(cls: Callable[..., nn.Module]) -> dict[str, Any]:
 
 def _types(cls: Callable[..., nn.Module]) -> dict[str, Any]:
     """What a constructor declares of its arguments; nothing for a registered one whose annotations cannot be read."""
-    try:
-        return get_type_hints(cls.__init__)
-    except (NameError, TypeError):
-        return {}
+    types: dict[str, Any] = {}
+    for constructor in reversed(_constructors(cls)):
+        declared = inspect.signature(constructor).parameters
+        types = {key: kind for key, kind in types.items() if key not in declared}
+        with suppress(NameError, TypeError):
+            types |= get_type_hints(constructor)
+    return types
+
+
+def _constructors(cls: Callable[..., nn.Module]) -> list[Callable[..., Any]]:
+    """What declares arguments: a function, or a class's constructor and those that it passes any keyword on to."""
+    if isinstance(cls, partial):
+        return _constructors(cls.func)
+    if not isinstance(cls, type):
+        return [cls]
+    constructors = []
+    for base in takewhile(lambda base: base is not nn.Module, cls.__mro__):
+        if "__init__" in vars(base):
+            constructors.append(base.__init__)
+            if not passes_on(base.__init__):
+                break
+    return constructors

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from medmim import hub, registry
-from medmim.arguments import parameters_of
+from medmim.arguments import parameters_of, passes_on
 from medmim.checkpoints import misfit, without_values, write_tensors
 from medmim.construction import construct, with_decoder
 from medmim.errors import MedmimError, SpecError, WeightsError
@@ -68,6 +68,8 @@ def save_pretrained(
     fault = misfit(described, model.state_dict())
     if fault:
         raise WeightsError(f"{model.spec.name} was changed since it was built, and could not be loaded back ({fault})")
+    if shared := _shared(model):
+        raise WeightsError(f"{model.spec.name}: {shared} are one tensor, which a file cannot hold; give each its own")
     record = _record_to_save(model.spec, weights, with_decoder=decoder is not None)
 
     folder = to_path(folder, "folder")
@@ -112,11 +114,24 @@ def current_spec(model: nn.Module) -> ModelSpec:
     spec = getattr(model, "spec", None)
     if not isinstance(spec, ModelSpec):
         raise WeightsError("the model has no spec, so no config.json can be written; build it with create_model")
-    accepted = parameters_of(registry.find_family(spec.family, needed_by=spec.name).cls)
+    cls = registry.find_family(spec.family, needed_by=spec.name).cls
+    accepted = CHANGEABLE if passes_on(cls) else parameters_of(cls)
     encoder = model.encoder if isinstance(model, Segmenter) else model
     now = {key: getattr(encoder, key) for key in CHANGEABLE if key in accepted and hasattr(encoder, key)}
+    if passes_on(cls):  # what such a constructor settles itself cannot be given to it
+        with without_values():
+            built = construct(cls, registry.as_arguments(spec.args), spec.name)
+        now = {key: value for key, value in now.items() if key in spec.args or value != getattr(built, key, None)}
     changed = {key: value for key, value in now.items() if value is not None or key in spec.args}
     return spec.model_copy(update={"args": {**spec.args, **changed}})
+
+
+def _shared(model: nn.Module) -> str | None:
+    """The names of a tensor that has several, in words; None where none has."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return next((" and ".join(several) for several in names.values() if len(several) > 1), None)
 
 
 def _saved_in(folder: Path) -> ModelSpec | None:

@@ -10,6 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import medmim
 from fakes import RECORD, TINY, save_tiny, tiny_decoder, tiny_model
 from medmim import checkpoints, hub
 from medmim.errors import SpecError, UnknownModelError, WeightsError
-from medmim.models.vit import resize_patch_kernel
+from medmim.models.vit import VisionTransformer3D, adapt_state_dict, resize_patch_kernel
 from medmim.publish import save_with_golden
 from medmim.verify import verify
 
@@ -904,6 +905,45 @@ def test_a_registered_class_is_built_saved_and_loaded(registry, tmp_path):
         medmim.create_model("linear", pretrained=True)
     with pytest.raises(WeightsError, match=r"Linear: table got no values; init_buffers\(\) must rebuild"):
         medmim.from_pretrained(tmp_path, forgets=True)
+
+
+class Extended(VisionTransformer3D):
+    """Passes what it does not know on, and settles one argument that its own methods can change."""
+
+    def __init__(self, *, scale: float = 1.0, **kwargs):
+        super().__init__(class_token=True, global_pool="token", **kwargs)
+        self.scale = scale
+
+
+@pytest.mark.parametrize("cls", [Extended, partial(VisionTransformer3D, class_token=True, global_pool="token")])
+def test_a_constructor_that_passes_arguments_on_has_those_of_the_class_it_extends(cls, registry, tmp_path):
+    medmim.register_model("passing", cls=cls, adapt=adapt_state_dict, args=TINY["vit"])
+    model = medmim.create_model("passing").eval()
+    medmim.save_pretrained(model, tmp_path / "built")
+    model.set_input_size((64, 48, 16))
+    medmim.save_pretrained(model, tmp_path / "changed")
+    fitted = medmim.from_pretrained(tmp_path / "built", img_size=(64, 48, 16))
+    for other in (fitted, medmim.from_pretrained(tmp_path / "changed")):
+        assert torch.equal(other(volumes(model)), model(volumes(model)))
+    model.reset_classifier(3)
+    medmim.save_pretrained(model, tmp_path / "classifier")
+    assert medmim.from_pretrained(tmp_path / "classifier", img_size=32).img_size == (32, 32, 32)
+    with pytest.raises(SpecError, match="passing: depth: Input should be a valid integer"):
+        medmim.create_model("passing", depth="two")
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.out.weight = self.into.weight
+
+
+def test_a_tensor_of_two_names_is_not_saved(registry, tmp_path):
+    medmim.register_model("tied", cls=Tied)
+    with pytest.raises(WeightsError, match=r"tied: into\.weight and out\.weight are one tensor"):
+        medmim.save_pretrained(medmim.create_model("tied"), tmp_path / "tied")
+    assert not (tmp_path / "tied").exists()
 
 
 def test_arguments_that_are_no_plain_data_cannot_be_saved(registry, tmp_path):
