@@ -23,6 +23,7 @@ from medmim.cards import NOTICE
 from medmim.errors import MedmimError, SpecError, WeightsError
 from medmim.files import atomic_write, check_writable, to_path, write_text
 from medmim.heads.segmenter import Segmenter
+from medmim.identity import uncompiled
 from medmim.inference import last_map
 from medmim.saving import current_spec, save_pretrained
 from medmim.spec import ModelSpec, VolumeSpec, ZScore
@@ -48,7 +49,7 @@ def export_model(model: nn.Module, path: str | Path, *, to: str) -> None:
     """
     if to not in FORMS:
         raise SpecError(f"there is no form {to!r} to export to; choose one of {', '.join(FORMS)}")
-    path = to_path(path, "path")
+    path, model = to_path(path, "path"), uncompiled(model)
     current_spec(model)  # refuses what has none, before anything is written
     was_training = model.training
     model.eval()

@@ -11,6 +11,7 @@ from torch import nn
 from medmim.errors import SpecError
 from medmim.factory import create_model
 from medmim.heads.segmenter import Segmenter
+from medmim.identity import uncompiled
 from medmim.spec import ModelSpec, Origin, PartSpec, TaskSpec, VolumeSpec
 
 MOST_CLASSES = 2**15  # labels are int16
@@ -96,6 +97,7 @@ def name_classes(model: nn.Module, classes: Sequence[str], *, volume: VolumeSpec
     Raises:
         SpecError: When there are not as many names as outputs, or two are the same.
     """
+    model = uncompiled(model)
     if not isinstance(getattr(model, "spec", None), ModelSpec):
         raise SpecError("only a model from create_model can be given names of classes")
     classes = _as_names(classes)
@@ -129,6 +131,7 @@ def encoder_of(model: nn.Module) -> nn.Module:
     Returns:
         The encoder itself, no copy. Its spec has no task, and its weights the preprocessing of the task.
     """
+    model = uncompiled(model)
     encoder, spec = model.encoder if isinstance(model, Segmenter) else model, model.spec
     weights = spec.weights.model_copy(update={"volume": spec.volume}) if spec.weights is not None else None
     encoder.reset_classifier(0)

@@ -24,6 +24,7 @@ from medmim.heads.segmenter import Segmenter
 from medmim.identity import identity
 from medmim.segmentation import predict_labels, read_segmentation, segment
 from medmim.spec import VolumeSpec
+from medmim.tasks import encoder_of
 from medmim.volumes import Volume
 from medmim.windows import cover, covering_grid, crop_window, to_voxels
 from synthetic import write_scan
@@ -271,6 +272,13 @@ def test_a_compiled_model_does_what_the_model_does(tmp_path):
     assert identity(medmim.from_pretrained(tmp_path)) == identity(model)
     with pytest.raises(SpecError, match="does not classify"):
         classify(compiled, scan)
+    medmim.export_model(compiled, tmp_path / "model.pt2", to="torch-export")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    x = torch.rand(1, model.in_chans, *model.img_size)
+    torch.testing.assert_close(program(x), model.eval()(x))
+    medmim.name_classes(compiled, ("background", "lesion"))
+    assert model.spec.task.kind == "segmentation"
+    assert encoder_of(compiled) is model.encoder
 
 
 # --- classification ---------------------------------------------------------------------------------------------------
