@@ -53,7 +53,7 @@ def classified_classes(model: nn.Module) -> tuple[str, ...]:
     """The names of a classifier's classes: "class 0", ... where the model's spec has none.
 
     Raises:
-        SpecError: For a model that has no classifier, or one of a single output.
+        SpecError: For a model that has no classifier, or one of a single output or of others than its task names.
     """
     name = model.spec.name if model.spec is not None else type(model).__name__
     if isinstance(uncompiled(model), Segmenter) or not model.num_classes:
@@ -61,5 +61,7 @@ def classified_classes(model: nn.Module) -> tuple[str, ...]:
     if model.num_classes == 1:
         raise SpecError(f"{name} has a single output, of which softmax makes 1 for any scan; use two classes or more")
     if model.spec is not None and model.spec.task is not None:
-        return model.spec.task.classes
+        if len(classes := model.spec.task.classes) != model.num_classes:
+            raise SpecError(f"{name} has {model.num_classes} outputs, its task names {len(classes)}; use name_classes")
+        return classes
     return tuple(f"class {i}" for i in range(model.num_classes))

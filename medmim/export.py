@@ -45,7 +45,8 @@ def export_model(model: nn.Module, path: str | Path, *, to: str) -> None:
         MedmimError: When a package is missing or the form cannot hold the model.
         OutputError: For a path that cannot be written.
         SpecError: For a form that does not exist, or a bundle of an encoder that `embed` refuses.
-        WeightsError: For a model without spec, or for a bundle without an input contract.
+        WeightsError: For a model without spec or with other outputs than its task names, or for a bundle without an
+            input contract.
     """
     if to not in FORMS:
         raise SpecError(f"there is no form {to!r} to export to; choose one of {', '.join(FORMS)}")

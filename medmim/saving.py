@@ -61,8 +61,6 @@ def save_pretrained(
     current, task = current_spec(model), model.spec.task
     args = dict(current.args)
     family = registry.find_family(current.family, needed_by=current.name)
-    if task is not None and len(task.classes) != model.num_classes:
-        raise WeightsError(f"{model.spec.name} has {model.num_classes} outputs, its task names {len(task.classes)}")
     with without_values():
         described = with_decoder(construct(family.cls, args, model.spec.name), task, model.spec.name)
     fault = misfit(described, model.state_dict())
@@ -109,11 +107,16 @@ def current_spec(model: nn.Module) -> ModelSpec:
     """A model's spec with the arguments that its own methods, such as `set_input_size`, have changed since.
 
     Raises:
-        WeightsError: For what has no spec.
+        WeightsError: For what has no spec, or other outputs than its task names.
     """
     spec = getattr(model, "spec", None)
     if not isinstance(spec, ModelSpec):
         raise WeightsError("the model has no spec, so no config.json can be written; build it with create_model")
+    if spec.task is not None and len(spec.task.classes) != model.num_classes:
+        raise WeightsError(
+            f"{spec.name} has {model.num_classes} outputs, its task names {len(spec.task.classes)}; name_classes names "
+            "others, from_pretrained(..., num_classes=0) is without a task"
+        )
     cls = registry.find_family(spec.family, needed_by=spec.name).cls
     accepted = CHANGEABLE if passes_on(cls) else parameters_of(cls)
     encoder = model.encoder if isinstance(model, Segmenter) else model

@@ -191,6 +191,10 @@ def test_what_cannot_be_exported(model, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(MedmimError, match=r"needs onnx and onnxscript; pip install 'medmim\[export\]'"):
         medmim.export_model(model, tmp_path / "x.onnx", to="onnx")
+    medmim.name_classes(model, ("a", "b", "c"))
+    model.reset_classifier(2)
+    with pytest.raises(WeightsError, match="has 2 outputs, its task names 3"):
+        medmim.export_model(model, tmp_path / "x.pt2", to="torch-export")
     model.spec = None
     with pytest.raises(WeightsError, match="has no spec"):
         medmim.export_model(model, tmp_path / "x.onnx", to="onnx")

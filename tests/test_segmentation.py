@@ -257,6 +257,11 @@ def test_models_of_another_kind_are_refused():
             classify(model, "scan.nii.gz")
     with pytest.raises(SpecError, match=r"vit_t_mae3d has a single output, .*; use two classes or more"):
         classify(tiny_model(num_classes=1), "scan.nii.gz")
+    model = tiny_model(num_classes=2)
+    medmim.name_classes(model, ("no", "yes"))
+    model.reset_classifier(3)
+    with pytest.raises(SpecError, match="vit_t_mae3d has 3 outputs, its task names 2; use name_classes"):
+        classify(model, "scan.nii.gz")
 
 
 def test_a_compiled_model_does_what_the_model_does(tmp_path):
