@@ -7,6 +7,7 @@ of `config.json` beside it, which says what the preprocessing is; a bundle calls
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from importlib.metadata import version
@@ -62,6 +63,8 @@ def export_model(model: nn.Module, path: str | Path, *, to: str) -> None:
 
 def _to_torch_export(model: nn.Module, path: Path) -> None:
     check_writable(path)
+    # A copy, because tensors that were read from a file lie side by side in memory, which torch warns of.
+    model = copy.deepcopy(model)
     with atomic_write(path) as temporary:
         torch.export.save(_trace(model), temporary, extra_files={f"{CONFIG_KEY}.json": _config(model)})
 
@@ -124,7 +127,7 @@ def _to_bundle(model: nn.Module, folder: Path) -> None:
     )
     check_writable(models / hub.CONFIG, metadata, inference)
     spec = save_pretrained(model, models)
-    for path, config in ((metadata, _bundle_metadata(spec, _bundle_output(model))), (inference, INFERENCE)):
+    for path, config in ((metadata, _bundle_metadata(spec, model)), (inference, INFERENCE)):
         write_text(path, json.dumps(config, indent=2) + "\n")
 
 
@@ -150,11 +153,10 @@ INFERENCE = {
 }
 
 
-def _bundle_metadata(spec: ModelSpec, output: dict[str, Any]) -> dict[str, Any]:
+def _bundle_metadata(spec: ModelSpec, model: nn.Module) -> dict[str, Any]:
     """What MONAI's schema of `metadata.json` asks for."""
     weights = spec.weights
     modalities = ", ".join(spec.volume.modalities)
-    size, channels = list(spec.args["img_size"]), spec.args.get("in_chans", 1)
     return {
         "version": __version__,
         "changelog": {__version__: f"exported by medmim {__version__}"},
@@ -174,15 +176,15 @@ def _bundle_metadata(spec: ModelSpec, output: dict[str, Any]) -> dict[str, Any]:
                     "type": "image",
                     "format": "magnitude",
                     "modality": modalities,
-                    "num_channels": channels,
-                    "spatial_shape": size,
+                    "num_channels": model.in_chans,
+                    "spatial_shape": list(model.img_size),
                     "dtype": "float32",
                     "value_range": _value_range(spec.volume),
                     "is_patch_data": False,
-                    "channel_def": {str(channel): "image" for channel in range(channels)},
+                    "channel_def": {str(channel): "image" for channel in range(model.in_chans)},
                 }
             },
-            "outputs": {"pred": output},
+            "outputs": {"pred": _bundle_output(model)},
         },
     }
 

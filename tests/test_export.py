@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import medmim
-from fakes import RECORD, save_tiny, tiny_model
+from fakes import RECORD, TINY, save_tiny, tiny_model
 from medmim import cli, export
 from medmim.cli.exporting import Form
 from medmim.errors import MedmimError, OutputError, SpecError, WeightsError
+from medmim.models.vit import VisionTransformer3D
 from medmim.spec import ModelSpec, VolumeSpec, ZScore
 from synthetic import write_scan
 
@@ -126,6 +127,19 @@ def test_what_was_changed_since_a_model_was_built_is_exported(model, tmp_path):
     image = metadata["network_data_format"]["inputs"]["image"]
     assert (image["spatial_shape"], image["modality"], image["value_range"]) == ([16, 32, 16], "PET", [])
     assert medmim.from_pretrained(tmp_path / "bundle" / "models").spec.volume == volume
+
+
+def test_a_bundle_has_the_channels_of_the_model_where_they_are_the_constructors_own(registry, tmp_path):
+    class TwoChannels(VisionTransformer3D):
+        def __init__(self, *, in_chans: int = 2, **kwargs):
+            super().__init__(in_chans=in_chans, **kwargs)
+
+    medmim.register_model("two", cls=TwoChannels, args=TINY["vit"])
+    medmim.save_pretrained(medmim.create_model("two"), tmp_path / "two", weights={**RECORD, "decoder_spec": None})
+    medmim.export_model(medmim.from_pretrained(tmp_path / "two"), tmp_path / "bundle", to="monai-bundle")
+    metadata = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())
+    image = metadata["network_data_format"]["inputs"]["image"]
+    assert (image["num_channels"], image["channel_def"]) == (2, {"0": "image", "1": "image"})
 
 
 def test_the_text_of_an_exported_model_builds_it_again():
