@@ -51,8 +51,8 @@ def resize_patch_output(weight: Tensor, old: Size, new: Size) -> Tensor:
 def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
     """Fits a first convolution (C, old, p, q, r), patch projection or stem, to another number of input channels.
 
-    One channel gets the sum over the old ones; several get the old ones in turn, scaled so that an input repeated over
-    the channels gives what it gave before.
+    One channel gets the sum over the old ones; several get the old ones in turn, times old over new, as in timm. Where
+    each is taken as often as the others, an input repeated over the channels gives what it gave before.
     """
     old = weight.shape[1]
     if in_chans == old:
