@@ -7,7 +7,6 @@ of `config.json` beside it, which says what the preprocessing is; a bundle calls
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from importlib.metadata import version
@@ -63,8 +62,6 @@ def export_model(model: nn.Module, path: str | Path, *, to: str) -> None:
 
 def _to_torch_export(model: nn.Module, path: Path) -> None:
     check_writable(path)
-    # A copy, because tensors that were read from a file lie side by side in memory, which torch warns of.
-    model = copy.deepcopy(model)
     with atomic_write(path) as temporary:
         torch.export.save(_trace(model), temporary, extra_files={f"{CONFIG_KEY}.json": _config(model)})
 
