@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from functools import partial
 
 import pytest
@@ -17,6 +18,17 @@ from medmim_training.tasks.recipe import FineTuneRecipe
 def train(run_command):
     """Runs `medmim-train` with arguments, see `run_command`."""
     return partial(run_command, "medmim-train", lambda: cli.main())
+
+
+# --- installation -----------------------------------------------------------------------------------------------------
+
+
+def test_an_installation_without_the_extra_says_what_to_install(train, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "blosc2", None)
+    monkeypatch.delitem(sys.modules, "medmim_training.store.index")
+    code, out, err = train("prepare", tmp_path, "-o", tmp_path / "store", "--recipe", "small/vit_t_mae3d")
+    assert (code, out) == (1, "")
+    assert err == "medmim-train: error: blosc2 is missing; pip install 'medmim[train]'\n"
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

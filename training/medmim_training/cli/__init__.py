@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
-from medmim.cli.terminal import run
+from medmim.cli.terminal import report, run
 from medmim_training.cli.data import fetch_data, inspect, prepare
 from medmim_training.cli.experiments import reproduce
 from medmim_training.cli.finetuning import finetune
@@ -27,6 +29,8 @@ COMMANDS = {
     "publish": publish,
 }
 
+EXTRA = {"accelerate", "blosc2", "filelock", "sklearn", "tensorboard", "yaml"}  # modules of the extra `train`
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
 for name, command in COMMANDS.items():
     app.command(name)(command)
@@ -34,4 +38,10 @@ for name, command in COMMANDS.items():
 
 def main() -> None:
     """Entry point: errors for people, no tracebacks."""
-    run(app)
+    try:
+        run(app)
+    except ModuleNotFoundError as error:  # the command is there without the extra, too
+        if error.name not in EXTRA:
+            raise
+        report(f"{error.name} is missing; pip install 'medmim[train]'")
+        sys.exit(1)
