@@ -7,9 +7,10 @@ from functools import partial
 
 import pytest
 
+from medmim.cli.terminal import console
 from medmim.errors import SpecError
 from medmim_training import cli
-from medmim_training.recipe import list_recipes
+from medmim_training.recipe import list_recipes, recipe_folder
 from medmim_training.store.index import INDEX_FILE, Store
 from medmim_training.tasks.recipe import FineTuneRecipe
 
@@ -151,6 +152,16 @@ def test_an_argument_that_does_not_exist_is_named_by_its_key(train, override, me
     assert err.startswith(f"medmim-train: error: {message}")
 
 
+def test_a_name_is_no_markup(train, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    packaged = (recipe_folder() / "finetune" / "vit_t_light.yaml").read_text()
+    recipe.write_text(packaged.replace("name: finetune/vit_t_light", "name: a [/b]"))
+    code, out, err = train("finetune", recipe, f"data={tmp_path / 'nowhere'}", "-o", tmp_path / "run")
+    assert code == 1
+    assert "a [/b]" in out
+    assert err.startswith(f"medmim-train: error: {tmp_path / 'nowhere'}")
+
+
 # --- stores -----------------------------------------------------------------------------------------------------------
 
 
@@ -162,3 +173,11 @@ def test_an_index_whose_occupancy_is_not_of_the_volume(store, tmp_path):
         index.write_text("".join(json.dumps(line | {"occupancy": wrong}) + "\n" for line in lines))
         with pytest.raises(SpecError, match=rf"{INDEX_FILE}:1"):
             Store(tmp_path / "other")
+
+
+def test_a_path_is_printed_in_one_piece(train, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "width", 60)
+    folder = tmp_path / ("long" * 20)
+    code, out, _ = train("inspect", store.folder, "-o", folder)
+    assert code == 0
+    assert f"\n{folder / 'histograms.png'}\n" in out

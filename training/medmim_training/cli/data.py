@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from medmim.cli.terminal import console
+from medmim.cli.terminal import console, say
 from medmim.files import check_writable
 from medmim_training.cli.options import SourceArgument, WhereOption
 from medmim_training.cli.progress import progress_bar, reporting
@@ -25,7 +25,7 @@ def fetch_data(
     from medmim_training.fetch import fetch_data as fetch
 
     cases, left_out = fetch(name, out)
-    console.print(f"{out}: {cases} cases; {left_out} that the split does not list were left out")
+    say(f"{out}: {cases} cases; {left_out} that the split does not list were left out")
 
 
 def prepare(
@@ -46,12 +46,12 @@ def prepare(
 
     check_writable(store / STORE_FILE)
     volume = load_recipe(recipe).volume
-    sources = find_sources(source, where or [], tell=console.print)
+    sources = find_sources(source, where or [], tell=say)
     with progress_bar() as progress:
         report = reporting(progress, "preparing", len(sources))
         added, refused = prepare_store(sources, store, volume=volume, workers=workers, report=report)
     kept = len(sources) - added - refused
-    console.print(f"{store}: {added} added, {kept} there already, {refused} left out (problems.jsonl says why)")
+    say(f"{store}: {added} added, {kept} there already, {refused} left out (problems.jsonl says why)")
 
 
 def inspect(
@@ -73,4 +73,4 @@ def inspect(
     console.print(table)
     for name, draw in (("histograms.png", draw_histograms), ("contact_sheet.png", draw_contact_sheet)):
         draw(opened, folder / name)
-        console.print(str(folder / name))
+        say(str(folder / name))

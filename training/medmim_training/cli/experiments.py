@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from medmim.cli.terminal import console
+from medmim.errors import printable
 from medmim.files import check_writable
 from medmim_training.cli.options import TflopsOption, ThreadsOption, use_threads
 from medmim_training.cli.progress import progress_bar
@@ -56,7 +57,7 @@ def reproduce(
         return
 
     with progress_bar() as progress:
-        task = progress.add_task(chosen.name, total=len(runner.wanted))
+        task = progress.add_task(printable(chosen.name), total=len(runner.wanted))
 
         def watch(told: RunProgress) -> None:
             if told.step is None:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from medmim.cli.terminal import console
+from medmim.cli.terminal import console, say
+from medmim.errors import printable
 from medmim.files import check_writable
 from medmim_training.cli.options import ThreadsOption, use_threads
 
@@ -36,9 +37,10 @@ def finetune(
     chosen = load_recipe(recipe, overrides or [], kind=FineTuneRecipe)
     check_writable(out / RECIPE_FILE)
     use = "segment SCAN -o masks" if chosen.task == "segmentation" else "classify SCAN -o classes.csv"
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")
+    what, state = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[state]}"))
+    columns = what, BarColumn(), MofNCompleteColumn(), state
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(chosen.name, total=chosen.schedule.steps, state="")
+        task = progress.add_task(printable(chosen.name), total=chosen.schedule.steps, state="")
 
         def watch(step: Report) -> None:
             state = f"loss {step.loss:.4f}  {step.crops_per_second:.1f} crops/s  {step.seconds_left / 60:.0f} min left"
@@ -48,4 +50,4 @@ def finetune(
             progress.console.print(f"step {found.step}: {found}", highlight=False)
 
         run_finetuning(chosen, out, watch=watch, watch_validation=watch_validation)
-    console.print(f"done: {out}; use it: medmim {use} -m local-dir:{out / MODEL}", soft_wrap=True)
+    say(f"done: {out}; use it: medmim {use} -m local-dir:{out / MODEL}")

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from medmim.cli.options import HubOption, RatioOption
-from medmim.cli.terminal import console
+from medmim.cli.terminal import console, say
 from medmim.errors import ScanError, printable
 from medmim.files import check_writable
 from medmim_training.cli.options import SourceArgument, ThreadsOption, WhereOption, use_threads
@@ -71,7 +71,7 @@ def probe(
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model name, or local-dir:FOLDER.")],
+    model: Annotated[str, typer.Argument(help="Model name, local-dir:FOLDER or hf-hub:ORG/NAME.")],
     source: SourceArgument,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file for the results.")] = None,
     where: WhereOption = None,
@@ -93,7 +93,7 @@ def evaluate(
         check_writable(out)
     encoder = create_model(model, pretrained=True)
     decoder = create_decoder(encoder)
-    sources = find_sources(source, where or [], tell=console.print)
+    sources = find_sources(source, where or [], tell=say)
     with progress_bar() as progress:
         report = reporting(progress, "evaluating", len(sources))
         results = evaluate_reconstruction(encoder, decoder, sources, ratio=ratio, report=report)
@@ -140,4 +140,4 @@ def evaluate_segmenter(
         table.add_row(label, *cells)
     console.print(table)
     for path in write_evaluation(out or run, scores, side):
-        console.print(str(path))
+        say(str(path))

@@ -9,7 +9,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from medmim.cli.terminal import console
+from medmim.cli.terminal import console, say
 from medmim.errors import printable
 from medmim.files import check_writable
 from medmim_training.cli.options import TflopsOption, ThreadsOption, use_threads
@@ -70,7 +70,7 @@ def pretrain(
                 print(f"{step.step}/{step.steps}  {state}", flush=True)
 
         run_pretraining(chosen, store, out, sharded=shard, watch=watch)
-    console.print(f"done: {out}")
+    say(f"done: {out}")
 
 
 def _print_plan(recipe: Recipe, tflops: float | None) -> None:

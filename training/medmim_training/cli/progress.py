@@ -30,7 +30,7 @@ class Bar(Progress):
 
 
 def progress_bar() -> Bar:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     return Bar(*columns, console=console)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from medmim.cli import pushing
 from medmim.cli.options import HubOption
-from medmim.cli.terminal import console
+from medmim.cli.terminal import say
 from medmim.errors import SpecError
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ def package(
     from medmim_training.publish import ENTRY_FILE
 
     spec = _package(run, out, data, tag, license, citation, evidence)
-    console.print(f"{spec.name}: {out}")
-    console.print(f'try it: medmim.create_model("local-dir:{out}", pretrained=True)')
-    console.print(f"for the catalog: {out / ENTRY_FILE} is {catalog_file(spec)} of a checkout")
+    say(f"{spec.name}: {out}")
+    say(f'try it: medmim.create_model("local-dir:{out}", pretrained=True)')
+    say(f"for the catalog: {out / ENTRY_FILE} is {catalog_file(spec)} of a checkout")
 
 
 def publish(
