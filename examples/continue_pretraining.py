@@ -3,8 +3,9 @@
     python examples/continue_pretraining.py [FOLDER]
 
 Takes about 40 seconds on 2 CPU cores without a folder; your scans are then one chest CT. It prints the loss, and the
-error of reconstructing 75 % of the patches before and after: of the scan that was trained on, which must become better,
-and of one of another patient, which may not. So few steps on one scan are an example, not a way to get good weights.
+error of reconstructing 75 % of the patches before and after: of the first scan that was trained on, which must become
+better, and of one of another patient, which may not. So few steps on one scan are an example, not a way to get good
+weights.
 
 On the command line, with RECIPE being small/continued/vit_t_mae3d:
 
@@ -39,9 +40,9 @@ folder = Path(tempfile.mkdtemp(prefix="medmim-"))
 
 
 def errors(model: str) -> str:
-    """Squared error of hidden voxels over their variance, for both sample scans."""
+    """Squared error of hidden voxels over their variance, for a scan that is trained on and another."""
     encoder = medmim.create_model(model, pretrained=True)
-    sources = [Source(scan.path, scan.name, scan.modality, group=scan.name) for scan in (trained, other)]
+    sources = [Source(scan.path, scan.name, scan.modality, group=scan.name) for scan in (scans[0], other)]
     results = evaluate_reconstruction(encoder, medmim.create_decoder(encoder), sources)
     return ", ".join(f"{each.dataset} {each.value:.4f}" for each in results)
 

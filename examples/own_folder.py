@@ -54,6 +54,8 @@ for path in sorted(folder.glob("*.nii*")):
         spacing = " x ".join(f"{side:.2f}" for side in scan.spacing)
         print(f"{path.name}: {scan.array.shape[1:]} voxels of {spacing} mm, axes {scan.orientation}")
 
+if not features:
+    sys.exit(f"{folder}: has no NIfTI file that can be used")
 save_file(features, folder / "features.safetensors")
 print(f"{folder / 'features.safetensors'}: {len(features)} scans, {model.num_features} features each")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -42,10 +43,16 @@ def test_every_example_is_run_and_in_the_table():
 def test_runs_and_prints_what_it_promises(name, tmp_path, monkeypatch, capsys):
     if name == "lightning_module":
         pytest.importorskip("lightning")
+    run_example(name, tmp_path, monkeypatch)
+    assert re.search(PRINTED[name], capsys.readouterr().out, re.MULTILINE)
+
+
+def run_example(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Runs a script, or the code of its notebook, in a folder."""
     monkeypatch.setenv("MEDMIM_SMOKE", "1")
-    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.chdir(folder)
     variables = {"__name__": "__main__"}
     if name in NOTEBOOKS:
         parts = [source for kind, source in read_cells(name) if kind == "code"]
@@ -53,7 +60,18 @@ def test_runs_and_prints_what_it_promises(name, tmp_path, monkeypatch, capsys):
         parts = [(EXAMPLES / f"{name}.py").read_text(encoding="utf-8")]
     for part in parts:
         exec(compile(part, f"{name}.py", "exec"), variables)
-    assert re.search(PRINTED[name], capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_folder_of_ones_own_is_what_is_measured(tmp_path, monkeypatch, capsys):
+    (tmp_path / "scans").mkdir()
+    shutil.copy(EXAMPLES / "data" / "brain_t1.nii.gz", tmp_path / "scans" / "mine.nii.gz")
+    run_example("continue_pretraining", tmp_path, monkeypatch, "scans")
+    assert re.search(r"^after: .*mine\.nii\.gz [\d.]+", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_folder_without_scans_is_told(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="has no NIfTI file that can be used"):
+        run_example("own_folder", tmp_path, monkeypatch, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
