@@ -248,7 +248,7 @@ def _is_intact(folder: Path) -> bool:
 def _copy(files: Mapping[str, Content], folder: Path, progress: Callable[[int, int], None]) -> None:
     done, total = 0, sum(map(size_of, files.values()))
     for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with _opened(content) as source, open(folder / name, "xb") as target:
             while chunk := source.read(_CHUNK):
                 target.write(chunk)

@@ -83,6 +83,11 @@ def test_a_version_is_named_by_its_content_or_by_its_commit(local, files, tmp_pa
     assert contents(local.find(REPO, OTHER).folder) == contents(local.find(REPO, version).folder)
 
 
+def test_files_may_be_in_folders(local):
+    version = local.publish(REPO, {"a/b/c.txt": b"there"})
+    assert (local.find(REPO, version).folder / "a/b/c.txt").read_bytes() == b"there"
+
+
 def test_the_digests_can_be_checked_without_medmim(local, files):
     local.publish(REPO, files)
     folder = local.find(REPO).folder
