@@ -20,7 +20,7 @@ from medmim.samples import SampleScan, sample_scans
 from medmim.spec import DataSource, ModelSpec, Origin, Percentile, TrainingRecord, VolumeSpec, WeightsSpec, Window
 
 NOTICE = "For research. Not a medical device: not for diagnosis or any decision about a patient."
-PICTURE_FILE = "reconstruction.png"  # in a model folder
+PICTURE_FILE, DATA_FILE = "reconstruction.png", "data.csv"  # in a model folder
 DEMONSTRATION_HOURS = 24  # a shorter run shows that the path works, and little more
 
 # What a method of `medmim_training.methods` is called, and whether it hides voxels.
@@ -92,12 +92,13 @@ def _read(path: Path) -> str | None:
 # --- the card of an encoder -------------------------------------------------------------------------------------------
 
 
-def render_card(spec: ModelSpec, *, picture: str | None = None) -> str:
+def render_card(spec: ModelSpec, *, picture: str | None = None, has_data_list: bool = True) -> str:
     """The card of a set of weights.
 
     Args:
         spec: With its weights, and unless it has a task, their training record.
         picture: Path, relative to the card, of a reconstruction of `card_scan`.
+        has_data_list: Whether `DATA_FILE` is beside the weights.
 
     Returns:
         Markdown with YAML front matter.
@@ -118,7 +119,7 @@ def render_card(spec: ModelSpec, *, picture: str | None = None) -> str:
         _use(spec),
         _input(spec, weights.volume),
         _training(weights),
-        _data(weights),
+        _data(weights, has_data_list),
         _results(weights),
         _limits(weights),
         _out_of_scope(weights.volume, "a reconstruction for something that was measured"),
@@ -252,7 +253,7 @@ def _runs(weights: WeightsSpec) -> list[TrainingRecord]:
     return runs[::-1]
 
 
-def _data(weights: WeightsSpec) -> str:
+def _data(weights: WeightsSpec, has_list: bool) -> str:
     """One table, with a column of volumes for each selection of data that was trained on."""
     runs = _runs(weights)
     selections: dict[tuple[DataSource, ...], list[int]] = {}
@@ -268,7 +269,8 @@ def _data(weights: WeightsSpec) -> str:
         head = [f"volumes in run {', '.join(map(str, numbers))}" for numbers in selections.values()]
     rows = [(name, modality, *counts, licence) for (name, modality, licence), counts in sorted(volumes.items())]
     table = markdown_table(("collection", "modality", *head, "licence"), rows)
-    return f"## Data\n\nImages only, no labels; `data.csv` beside the weights lists every file.\n\n{table}"
+    where = f"; `{DATA_FILE}` beside the weights lists every file" if has_list else ""
+    return f"## Data\n\nImages only, no labels{where}.\n\n{table}"
 
 
 def _results(weights: WeightsSpec) -> str:
@@ -288,8 +290,8 @@ def _results(weights: WeightsSpec) -> str:
 def _limits(weights: WeightsSpec) -> str:
     return (
         "## Limits\n\n"
-        f"{weights.training.volumes} volumes from few sites, scanners and diseases; nothing is known about other ages, "
-        "vendors, field strengths or protocols. Reconstructions are smooth guesses, not images of the patient. "
+        f"{weights.training.volumes} volumes of the collections above; nothing is known about other sites, diseases, "
+        "ages, vendors, field strengths or protocols. Reconstructions are smooth guesses, not images of the patient. "
         "Another spacing, orientation or intensity scale than the input above gives meaningless features."
     )
 

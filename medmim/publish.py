@@ -185,7 +185,7 @@ def plan_upload(
     if CARD in state.files and not replace_card:
         files.pop(CARD, None)
     elif CARD not in files:
-        files[CARD] = _card(spec)
+        files[CARD] = _card(spec, files)
     kept = tuple(file for file in (CARD, LICENSE) if file in state.files and file not in files)
     stale = [
         file for file in state.files if file not in files and any(fnmatchcase(file, like) for like in hub.OF_WEIGHTS)
@@ -228,10 +228,11 @@ def _require_record(spec: ModelSpec, name: str) -> None:
         )
 
 
-def _card(spec: ModelSpec) -> bytes:
-    from medmim.cards import render_card
+def _card(spec: ModelSpec, files: Mapping[str, Content]) -> bytes:
+    from medmim.cards import DATA_FILE, PICTURE_FILE, render_card
 
     try:
-        return render_card(spec).encode()
+        picture = PICTURE_FILE if PICTURE_FILE in files else None
+        return render_card(spec, picture=picture, has_data_list=DATA_FILE in files).encode()
     except SpecError as error:
         raise SpecError(f"{error}; or write one, as {CARD} of the folder or card=") from None

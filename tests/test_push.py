@@ -216,6 +216,21 @@ def test_only_files_that_medmim_knows_are_sent(double, to_double, tmp_path):
     assert set(upload.files) == FILES | {"data.csv", "recipe.yaml", "LICENSE"}
 
 
+def test_a_card_that_is_made_speaks_of_the_files_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDMIM_HUB", str(tmp_path / "hub"))
+    folder = tmp_path / "model"
+    weights = {**RECORD, "training": TRAINING, "decoder_spec": None}
+    medmim.save_pretrained(tiny_model(), folder, weights=weights)
+    card = plan_upload(f"local-dir:{folder}", REPO).files["README.md"].decode()
+    assert "data.csv" not in card
+    assert "![" not in card
+    for name in ("data.csv", "reconstruction.png"):
+        (folder / name).write_text("there")
+    card = plan_upload(f"local-dir:{folder}", REPO).files["README.md"].decode()
+    assert "`data.csv` beside the weights" in card
+    assert "](reconstruction.png)" in card
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 

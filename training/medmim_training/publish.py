@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from medmim import hub
-from medmim.cards import PICTURE_FILE, card_scan, render_card
+from medmim.cards import DATA_FILE, PICTURE_FILE, card_scan, render_card
 from medmim.errors import SpecError, WeightsError
 from medmim.factory import create_decoder, from_pretrained
 from medmim.files import atomic_write, check_writable, write_csv, write_text
@@ -23,7 +23,7 @@ from medmim_training.engine import CHECKPOINTS, CLAIM_FILE, RECIPE_FILE, RECORD_
 from medmim_training.recipe import load_recipe
 from medmim_training.store.index import Store
 
-DATA_FILE, CARD_FILE, ENTRY_FILE = "data.csv", "README.md", "catalog.toml"
+CARD_FILE, ENTRY_FILE = "README.md", "catalog.toml"
 
 
 def package(
