@@ -32,7 +32,6 @@ def test_activations_follow_the_batch_and_its_parts(recipe):
     whole = make_plan(recipe).activation_bytes
     split = make_plan(Recipe.model_validate({**recipe.model_dump(), "accumulate": 2})).activation_bytes
     assert whole == pytest.approx(2 * split, rel=0.01)
-    assert make_plan(recipe, processes=4).activation_bytes == pytest.approx(whole / 4, rel=0.01)
 
 
 def test_fewer_bits_take_less_memory_however_large_the_batch(recipe):

@@ -30,8 +30,8 @@ class Plan:
         encoder_parameters: Of what is published.
         parameters: Of all that is trained.
         flops_per_crop: Forward and backward, matrix products and attention, as torch's counter has them.
-        activation_bytes: Kept for the backward pass of one process's part of a batch, copies of the weights in the
-            number format of the arithmetic included.
+        activation_bytes: Kept for the backward pass of one part of a batch (`accumulate`), copies of the weights in
+            the number format of the arithmetic included.
         state_bytes: Weights, gradients and the two moments of Adam in float32, and the average where there is one.
         crops: Of the whole run.
     """
@@ -48,13 +48,8 @@ class Plan:
         return self.crops * self.flops_per_crop / flops_per_second / 3600
 
 
-def make_plan(recipe: Recipe, *, processes: int = 1) -> Plan:
-    """Traces two samples and four forward and backward, and counts.
-
-    Args:
-        recipe: What is to be trained.
-        processes: That share each batch.
-    """
+def make_plan(recipe: Recipe) -> Plan:
+    """Traces two samples and four forward and backward, and counts, for one process."""
     with torch.device("meta"):
         method = build_method(recipe)
     encoder = method.encoder
@@ -64,14 +59,14 @@ def make_plan(recipe: Recipe, *, processes: int = 1) -> Plan:
         flops, saved = _count(method, {"x": x[:SAMPLES]}, recipe)
         _, saved_of_more = _count(method, {"x": x}, recipe)
     per_sample = (saved_of_more - saved) // SAMPLES  # the rest, copies of weights, is there once for any number
-    per_process = math.ceil(recipe.batch_size / recipe.accumulate / processes)
+    part = math.ceil(recipe.batch_size / recipe.accumulate)
     parameters = sum(parameter.numel() for parameter in method.parameters())
     copies = 4 if recipe.ema is None else 5
     return Plan(
         encoder_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         parameters=parameters,
         flops_per_crop=flops // SAMPLES,
-        activation_bytes=saved + per_sample * (per_process - SAMPLES),
+        activation_bytes=saved + per_sample * (part - SAMPLES),
         state_bytes=copies * 4 * parameters,
         crops=recipe.schedule.steps * recipe.batch_size,
     )
