@@ -472,6 +472,15 @@ def test_a_look_at_a_store(store, tmp_path):
         assert picture[..., :3].std() > 0.05
 
 
+def test_spacings_are_not_drawn_as_those_of_the_stored_axes(store, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("medmim_training.store.inspect._write", lambda figure, path: drawn.append(figure))
+    draw_histograms(store, tmp_path / "picture.png")
+    spacing, side, _ = ([text.get_text() for text in axes.get_legend().get_texts()] for axes in drawn[0].axes)
+    assert spacing == ["axis 0 of the file", "axis 1 of the file", "axis 2 of the file"]
+    assert side == ["D", "H", "W"]
+
+
 def test_scans_without_foreground_are_drawn_alike(store, recipe):
     """Also where crops are to be around foreground: there is none to be around."""
     empty = Store(store.folder)

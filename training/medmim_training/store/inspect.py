@@ -31,7 +31,9 @@ def draw_histograms(store: Store, path: str | Path) -> None:
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     spacing, side, intensity = figure.subplots(1, 3)
     for axis, name in enumerate("DHW"):
-        spacing.hist([entry.spacing[axis] for entry in entries], bins=30, histtype="step", label=name)
+        # Of the scan's own axes, which need not be those of the stored volume.
+        own = f"axis {axis} of the file"
+        spacing.hist([entry.spacing[axis] for entry in entries], bins=30, histtype="step", label=own)
         side.hist([entry.shape[axis] for entry in entries], bins=30, histtype="step", label=name)
     for modality in sorted({entry.modality for entry in entries}):
         medians = [e.intensity.apply(np.float32(np.median(e.percentiles))) for e in entries if e.modality == modality]
