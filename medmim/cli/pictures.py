@@ -69,7 +69,7 @@ def demo(
     model: ModelOption = DEFAULT_MODEL,
     hub: HubOption = None,
 ) -> None:
-    """Reconstructs and embeds the sample scans: all that medmim does, in less than a minute.
+    """Reconstructs and embeds the sample scans, in less than a minute.
 
     Example: `medmim demo -o medmim-demo`
     """

@@ -50,7 +50,7 @@ def push(name: str, repo: str, *, card: Path | None, message: str | None, dry_ru
     table.add_column(overflow="fold")
     table.add_column(justify="right")
     sizes = {name: size_of(content) for name, content in sorted(upload.files.items())}
-    for name, size in {**sizes, "in all": sum(sizes.values())}.items():
+    for name, size in {**sizes, "in all": upload.size}.items():
         table.add_row(name, f"{size:,} bytes")
     state = "a new repository" if upload.state.commit is None else f"now at {upload.state.commit}"
     say(f"{upload.spec.name} to {repo} at {upload.destination}, {state}:")
