@@ -239,6 +239,13 @@ def test_csv_lists_are_filtered_by_column(tmp_path):
         find_sources(listing, ["spilt=train"])
 
 
+def test_a_scan_that_is_listed_twice_is_one_scan(tmp_path):
+    (tmp_path / "list.csv").write_text("file,lesion\na.nii.gz,1\na.nii.gz,2\nb.nii.gz,1\n")
+    told = []
+    assert [source.name for source in find_sources(tmp_path / "list.csv", tell=told.append)] == ["a.nii.gz", "b.nii.gz"]
+    assert told == [f"{tmp_path / 'list.csv'}: takes each scan once, 2 of 3 rows"]
+
+
 def test_crops_are_a_function_of_seed_and_index(store, recipe):
     first, again = dataset(store, recipe), dataset(store, recipe)
     list(map(first.__getitem__, range(5)))  # whatever was read before does not matter

@@ -73,7 +73,10 @@ def find_sources(
         raise SpecError(f"{source}: neither a folder nor a data list (.csv, .json)")
     if not found:
         raise SpecError(f"{source}: no scan found" + (f" where {' and '.join(where)}" if where else ""))
-    return found
+    once = list(dict.fromkeys(found))  # a list may have a row a lesion
+    if len(once) < len(found):
+        tell(f"{source}: takes each scan once, {len(once)} of {len(found)} rows")
+    return once
 
 
 def _of_decathlon(folder: Path, where: Sequence[str], tell: Callable[[str], None]) -> list[Source]:
