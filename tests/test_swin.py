@@ -11,8 +11,9 @@ from timm.optim import param_groups_layer_decay
 import medmim
 from fakes import tiny_model
 from medmim.errors import SpecError
+from medmim.layers.shifted_windows import Windows, relative_position_index
 from medmim.layers.tokens import patchify, unpatchify
-from medmim.models.swin import SwinTransformer3D, Windows, adapt_state_dict, relative_position_index
+from medmim.models.swin import SwinTransformer3D, adapt_state_dict
 
 GRIDS = {
     "divided": ((6, 4, 9), (3, 2, 3)),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from medmim.errors import WeightsError
+from medmim.layers.shifted_windows import relative_position_index
 from medmim.layers.tokens import Size
-from medmim.models.swin import relative_position_index
 
 _EMBED = r"(?P<embed>patch_embed\.proj\.(?:weight|bias))"
 _STAGE = (

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medmim.layers.adapt import adapt_in_chans
+from medmim.layers.classifier import MapClassifier
 from medmim.layers.convolution import ConvNorm, init_convolutional, leaky_relu_
 from medmim.layers.features import FeatureMaps
 from medmim.layers.sharing import Shareable
@@ -56,7 +57,7 @@ class ResidualBlock(nn.Module):
         return leaky_relu_(branch)
 
 
-class ResidualEncoder3D(FeatureMaps, Shareable, nn.Module):
+class ResidualEncoder3D(FeatureMaps, MapClassifier, Shareable, nn.Module):
     """A convolutional encoder for volumes (B, in_chans, D, H, W) of any proportions, with a feature pyramid.
 
     Args:
@@ -110,7 +111,6 @@ class ResidualEncoder3D(FeatureMaps, Shareable, nn.Module):
                 (channels[0], *channels), self.channels, depths, self.strides, strict=False
             )
         )
-        self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
 
@@ -124,12 +124,6 @@ class ResidualEncoder3D(FeatureMaps, Shareable, nn.Module):
                 nn.init.zeros_(block.conv2.norm.weight)
         self.init_head()
 
-    def init_head(self) -> None:
-        """Initialises the classifier alone: what a task starts with on top of pretrained weights."""
-        if isinstance(self.head, nn.Linear):
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
     def init_buffers(self) -> None:
         """Rebuilds what no file stores: nothing here."""
 
@@ -142,11 +136,6 @@ class ResidualEncoder3D(FeatureMaps, Shareable, nn.Module):
     def num_features(self) -> int:
         """Channels of the last map."""
         return self.channels[-1]
-
-    @property
-    def head_hidden_size(self) -> int:
-        """Channels that the classifier takes."""
-        return self.num_features
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -176,20 +165,6 @@ class ResidualEncoder3D(FeatureMaps, Shareable, nn.Module):
                 f"use more than patch_size {self.patch_size}"
             )
         self.img_size, self.grid_size = img_size, grid_size
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a new one for `num_classes` (0 for none), and the pooling when given."""
-        global_pool = self.global_pool if global_pool is None else global_pool
-        if global_pool != "avg":
-            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg', forward_features goes without")
-        self.num_classes, self.global_pool = num_classes, global_pool
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.to(self.stem.conv.weight)
-        self.init_head()
-
-    def get_classifier(self) -> nn.Module:
-        """The classifier, an identity when there is none."""
-        return self.head
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades a second forward pass through each block for the memory of its activations."""
@@ -233,15 +208,6 @@ class ResidualEncoder3D(FeatureMaps, Shareable, nn.Module):
         for step in self._steps():
             x = step(x)
         return self._finish(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools a map (B, C, d, h, w) to (B, C) and, unless `pre_logits`, classifies it to (B, num_classes)."""
-        x = x.mean(dim=(2, 3, 4))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Volumes (B, in_chans, D, H, W) to class scores (B, num_classes), or to pooled features (B, C) without."""
-        return self.forward_head(self.forward_features(x))
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -1,6 +1,6 @@
 """Swin transformer for volumes: attention in windows, shifted by half a window in every other block.
 
-Legend: B batch, C channels, (D, H, W) voxels, (Dg, Hg, Wg) token grid of a stage, n tokens of a window, M windows.
+Legend: B batch, C channels, (D, H, W) voxels, (Dg, Hg, Wg) token grid of a stage, n tokens of a window.
 Inside the encoder maps are channels-last, (B, Dg, Hg, Wg, C); what it gives is channels-first, (B, C, Dg, Hg, Wg).
 
 After Liu et al. 2021 (Swin, arXiv 2103.14030), in 3-D as the encoder of SwinUNETR (Hatamizadeh et al. 2022,
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -33,15 +32,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medmim.layers.adapt import adapt_in_chans, resize_patch_kernel
+from medmim.layers.classifier import MapClassifier
 from medmim.layers.features import FeatureMaps
 from medmim.layers.patch import PatchEmbed
 from medmim.layers.position import resample_position
 from medmim.layers.sharing import Shareable
+from medmim.layers.shifted_windows import WindowAttention, Windows, offsets
 from medmim.layers.tokens import Size, patchify, to_grid_size, to_size
 from medmim.layers.transformer import DropPath, Mlp, init_transformer
 
 LARGEST_WINDOW = 4096  # tokens; attention inside needs the square of it
-APART = -100.0  # added to the attention between tokens that only the shift brought together
 
 # Which of its 2 x 2 x 2 tokens a merging takes, in the order of its weights. "repeated" takes two of them twice and two
 # never: so did MONAI's "merging" before 1.5 (issue 8284), and so were weights of that time trained.
@@ -49,115 +49,6 @@ MERGED = {
     "distinct": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),
     "repeated": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),
 }
-
-
-def relative_position_index(window_size: Size) -> Tensor:
-    """For each pair of tokens of a window, the row of the bias table that belongs to their offset: LongTensor (n, n).
-
-    Rows are row-major over the offsets, from 1 - side to side - 1 along each axis.
-    """
-    axes = [torch.arange(side) for side in window_size]
-    place = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # (3, n)
-    d, h, w = place[:, :, None] - place[:, None, :] + torch.tensor(window_size)[:, None, None] - 1  # each (n, n), >= 0
-    _, height, width = _offsets(window_size)
-    return (d * height + h) * width + w
-
-
-def _offsets(window_size: Size) -> Size:
-    """Offsets along each axis that tokens of one window can have."""
-    depth, height, width = (2 * side - 1 for side in window_size)
-    return depth, height, width
-
-
-class Windows(nn.Module):
-    """How a token grid is cut into windows. Holds no weights, only what follows from the sizes.
-
-    The cyclic shift puts tokens from opposite ends of the grid into the last windows along each axis, where they must
-    be kept apart. Windows therefore come in at most 8 kinds, by the axes along which they are last, and are sorted by
-    kind: attention needs one bias a kind instead of one a window.
-
-    Args:
-        grid_size: Tokens along (D, H, W).
-        window_size: Tokens of a window along (D, H, W); shrinks to the grid.
-        shifted: Shifts the windows by half their size, along axes with more than one window.
-    """
-
-    def __init__(self, grid_size: Size, window_size: Size, *, shifted: bool) -> None:
-        super().__init__()
-        self.grid_size = grid_size
-        self.size = tuple(min(grid, side) for grid, side in zip(grid_size, window_size, strict=True))
-        self.counts = tuple(-(-grid // side) for grid, side in zip(grid_size, self.size, strict=True))
-        self.shift = tuple(
-            side // 2 if shifted and count > 1 else 0 for side, count in zip(self.size, self.counts, strict=True)
-        )
-        kinds = [
-            tuple(shift > 0 and i == count - 1 for i, count, shift in zip(place, self.counts, self.shift, strict=True))
-            for place in itertools.product(*map(range, self.counts))
-        ]  # of each window, row-major
-        sizes = sorted(Counter(kinds).items())
-        self.kind_sizes = [number for _, number in sizes]
-        order = sorted(range(len(kinds)), key=kinds.__getitem__)
-        n = math.prod(self.size)
-        apart = torch.stack([self._apart(kind) for kind, _ in sizes])  # (kinds, n, n)
-        self.register_buffer("order", torch.tensor(order), persistent=False)
-        self.register_buffer("unsorted", torch.argsort(self.order), persistent=False)
-        self.register_buffer("barriers", torch.where(apart, APART, 0.0), persistent=False)
-        self.register_buffer("position", relative_position_index(window_size)[:n, :n], persistent=False)
-
-    def _apart(self, last: Sequence[bool]) -> Tensor:
-        """Which tokens of a window, last along some axes, come from opposite ends of the grid: boolean (n, n)."""
-        ends = [
-            torch.arange(side) >= (side - shift if is_last else side)
-            for side, shift, is_last in zip(self.size, self.shift, last, strict=True)
-        ]
-        end = torch.stack(torch.meshgrid(*ends, indexing="ij")).flatten(1)  # (3, n)
-        return (end[:, :, None] != end[:, None, :]).any(dim=0)
-
-    def cut(self, x: Tensor) -> Tensor:
-        """A map (B, Dg, Hg, Wg, C) as windows (M, B, n, C), sorted by kind."""
-        (p, q, r), (i, j, k) = self.size, self.counts
-        d, h, w = self.grid_size
-        if self.grid_size != (i * p, j * q, k * r):
-            x = F.pad(x, (0, 0, 0, k * r - w, 0, j * q - h, 0, i * p - d))
-        if any(self.shift):
-            x = x.roll([-shift for shift in self.shift], dims=(1, 2, 3))
-        x = rearrange(x, "b (i p) (j q) (k r) c -> (i j k) b (p q r) c", p=p, q=q, r=r)
-        return x[self.order] if any(self.shift) else x
-
-    def join(self, windows: Tensor) -> Tensor:
-        """The exact inverse of `cut`."""
-        (p, q, r), (i, j, k) = self.size, self.counts
-        d, h, w = self.grid_size
-        x = windows[self.unsorted] if any(self.shift) else windows
-        x = rearrange(x, "(i j k) b (p q r) c -> b (i p) (j q) (k r) c", i=i, j=j, k=k, p=p, q=q, r=r)
-        if any(self.shift):
-            x = x.roll(self.shift, dims=(1, 2, 3))
-        return x[:, :d, :h, :w]
-
-
-class WindowAttention(nn.Module):
-    """Self-attention within windows (M, B, n, C), with a learned bias for each offset, by torch's fused kernels."""
-
-    def __init__(self, dim: int, num_heads: int, *, window_size: Size, qkv_bias: bool) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"{dim} channels do not divide into {num_heads} heads")
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(_offsets(window_size)), num_heads))
-
-    def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        M, B, n, C = x.shape
-        qkv = self.qkv(x).view(M, B, n, 3, self.num_heads, C // self.num_heads)
-        qkv = qkv.permute(3, 0, 1, 4, 2, 5)  # (3, M, B, heads, n, C / heads)
-        bias = F.embedding(windows.position, self.relative_position_bias_table)  # (n, n, heads)
-        bias = bias.permute(2, 0, 1).contiguous()
-        attended = [
-            F.scaled_dot_product_attention(*alike.flatten(1, 2), attn_mask=(bias + barrier)[None].to(x.dtype))
-            for alike, barrier in zip(qkv.split(windows.kind_sizes, dim=1), windows.barriers, strict=True)
-        ]  # of each kind (windows * B, heads, n, C / heads)
-        return self.proj(torch.cat(attended).transpose(1, 2).reshape(M, B, n, C))
 
 
 class Block(nn.Module):
@@ -221,7 +112,7 @@ class PlainNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:])
 
 
-class SwinTransformer3D(FeatureMaps, Shareable, nn.Module):
+class SwinTransformer3D(FeatureMaps, MapClassifier, Shareable, nn.Module):
     """A Swin encoder for volumes (B, in_chans, D, H, W) of any proportions, with a feature pyramid.
 
     Args:
@@ -299,7 +190,6 @@ class SwinTransformer3D(FeatureMaps, Shareable, nn.Module):
             ]
             self.stages.append(Stage(blocks, PatchMerging(width, merged=merged)))
         self.norm: nn.Module = PlainNorm()
-        self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
         self.init_buffers()
         self.init_weights()
@@ -314,12 +204,6 @@ class SwinTransformer3D(FeatureMaps, Shareable, nn.Module):
                 nn.init.trunc_normal_(block.attn.relative_position_bias_table, std=0.02)
         self.init_head()
 
-    def init_head(self) -> None:
-        """Initialises the classifier alone: what a task starts with on top of pretrained weights."""
-        if isinstance(self.head, nn.Linear):
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
     def init_buffers(self) -> None:
         """Rebuilds what no file stores: how the grid of each stage is cut into windows."""
         grid = self.grid_size
@@ -333,11 +217,6 @@ class SwinTransformer3D(FeatureMaps, Shareable, nn.Module):
     def num_features(self) -> int:
         """Channels of the last map."""
         return self.embed_dim * 2 ** len(self.stages)
-
-    @property
-    def head_hidden_size(self) -> int:
-        """Channels that the classifier takes."""
-        return self.num_features
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -369,20 +248,6 @@ class SwinTransformer3D(FeatureMaps, Shareable, nn.Module):
             self.patch_embed = self.patch_embed.resized(patch_size)
         self.img_size, self.patch_size = img_size, patch_size
         self.init_buffers()
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a new one for `num_classes` (0 for none), and the pooling when given."""
-        global_pool = self.global_pool if global_pool is None else global_pool
-        if global_pool != "avg":
-            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg', forward_features goes without")
-        self.num_classes, self.global_pool = num_classes, global_pool
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.to(self.patch_embed.proj.weight)
-        self.init_head()
-
-    def get_classifier(self) -> nn.Module:
-        """The classifier, an identity when there is none."""
-        return self.head
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades a second forward pass through each block for the memory of its activations."""
@@ -440,15 +305,6 @@ class SwinTransformer3D(FeatureMaps, Shareable, nn.Module):
         x = self._embed(x)
         return self._encode(torch.where(hidden[..., None], token.to(x.dtype), x))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools a map (B, C, Dg, Hg, Wg) to (B, C) and, unless `pre_logits`, classifies it to (B, num_classes)."""
-        x = x.mean(dim=(2, 3, 4))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Volumes (B, in_chans, D, H, W) to class scores (B, num_classes), or to pooled features (B, C) without."""
-        return self.forward_head(self.forward_features(x))
-
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -493,7 +349,7 @@ def adapt_state_dict(state: Mapping[str, Tensor], model: SwinTransformer3D, sour
     if (weight := state.get("patch_embed.proj.weight")) is not None:
         weight = adapt_in_chans(weight, model.in_chans)
         adapted["patch_embed.proj.weight"] = resize_patch_kernel(weight, model.patch_size)
-    old, new = _offsets(tuple(source["window_size"])), _offsets(model.window_size)
+    old, new = offsets(tuple(source["window_size"])), offsets(model.window_size)
     for key in state:
         if key.endswith("relative_position_bias_table"):  # (offsets, heads)
             adapted[key] = resample_position(state[key][None], old, new)[0]
