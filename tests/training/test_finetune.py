@@ -229,6 +229,12 @@ def test_folds_are_drawn_by_subject_where_none_are_given(data, tmp_path):
     assert all(cases[i].fold == cases[i + 1].fold for i in range(0, 8, 2))
 
 
+def test_folds_are_as_large_whoever_is_kept_for_the_test(data, tmp_path):
+    (tmp_path / "s.csv").write_text("case,split\n" + "".join(f"case_{i},{'test' * (i > 4)}\n" for i in range(8)))
+    cases = find_cases(data, tmp_path / "s.csv")
+    assert sorted(case.fold for case in cases if not case.is_test) == [0, 1, 2, 3, 4]
+
+
 def test_a_csv_of_images_and_labels(data, tmp_path):
     names = [f"case_{i}" for i in range(3)]
     rows = [f"{data}/imagesTr/{n}.nii.gz,{data}/labelsTr/{n}.nii.gz,{i}" for i, n in enumerate(names)]

@@ -283,11 +283,11 @@ def _described(case: Case, row: dict[str, str], side: str, has_folds: bool, sour
 
 
 def _draw_folds(cases: list[Case]) -> list[Case]:
-    """Deals groups to folds at random, the same each time."""
-    groups = sorted({case.group for case in cases})
+    """Deals groups to folds at random, the same each time; none to cases that are kept for the test."""
+    groups = sorted({case.group for case in cases if not case.is_test})
     order = np.random.default_rng(0).permutation(len(groups))
     fold = {groups[i]: place % FOLDS for place, i in enumerate(order.tolist())}
-    return [replace(case, fold=fold[case.group]) for case in cases]
+    return [case if case.is_test else replace(case, fold=fold[case.group]) for case in cases]
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
