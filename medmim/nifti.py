@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import nibabel as nib
     from nibabel.spatialimages import SpatialHeader, SpatialImage
 
+TRAILING_BYTES = 1_000_000  # of an unpacked file behind its voxels, in which its end is looked for
+
 NIFTI_UNITS, MM = 7, {1: 1e3, 3: 1e-3}  # bits of `xyzt_units` for space, and of metres and micrometres, how many mm
 
 
@@ -28,24 +31,25 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ScanError: When it is no NIfTI, not whole, or more than one 3-D scan.
     """
-    import nibabel as nib
     from nibabel.filebasedimages import ImageFileError
+    from nibabel.fileholders import FileHolder
     from nibabel.spatialimages import HeaderDataError
 
     try:
-        with _quiet(nib.imageglobals.logger):
+        with _quiet(), _opened(path) as file:
             # No memory map: a file that is cut short while it is mapped kills the process.
-            image = _nifti_class(path).from_filename(path, mmap=False)
+            image = _nifti_class(path).from_file_map({"image": FileHolder(fileobj=file)}, mmap=False)
             check_frames(image.shape, path)
             content = path.stat().st_size * (1 if path.name.lower().endswith(".nii") else DEFLATION)
             room = max(content - int(image.dataobj.offset), 0) // image.get_data_dtype().itemsize
             check_claim(image.shape, room, path, "NIfTI")
-            _check_nifti_spacing(image, path)
+            _check_header(image, file, path)
             scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
             if scaled and image.get_data_dtype().kind in "iuf":
                 array = image.get_fdata(dtype=np.float32, caching="unchanged")
             else:
                 array = np.asanyarray(image.dataobj)
+            file.read(TRAILING_BYTES)  # gzip compares its checksum at the end, which is behind the last voxel
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
         if isinstance(error, ScanError):
             raise
@@ -62,7 +66,8 @@ def nifti_header(path: Path) -> nib.Nifti1Header | None:
     if not path.name.lower().endswith(NIFTI_SUFFIXES):
         return None
     try:
-        return _nifti_class(path).from_filename(path).header
+        with _quiet():
+            return _nifti_class(path).from_filename(path).header
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError):
         return None
 
@@ -107,24 +112,36 @@ def _nifti_class(path: Path) -> type[nib.Nifti1Image]:
     raise ImageFileError("its header is neither that of NIfTI-1 nor of NIfTI-2")
 
 
+def _opened(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
+
+
 @contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """Keeps nibabel from printing what it corrects, and numpy what overflows, which `Volume` refuses."""
+    import nibabel as nib
+
+    logger = nib.imageglobals.logger
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        with np.errstate(over="ignore"):
+            yield
     finally:
         logger.setLevel(level)
 
 
-def _check_nifti_spacing(image, path: Path) -> None:
-    """Refuses the zero spacing that nibabel replaces by 1 mm on reading."""
-    import nibabel as nib
-
-    if image.header["sform_code"] > 0:
-        return  # then the header's spacing is not used
-    with nib.openers.ImageOpener(path) as file:
-        stored = type(image.header).from_fileobj(file, check=False)
+def _check_header(image: nib.Nifti1Image, file: IO[bytes], path: Path) -> None:
+    """Refuses what nibabel passes over on reading, or replaces: zero spacing by 1 mm, an unknown code by 0."""
+    header = image.header
+    if image.dataobj.offset < header.single_vox_offset:
+        raise ScanError(f"{path}: its header says that voxels start inside of the header; copy or export it again")
+    file.seek(0)
+    stored = type(header).from_fileobj(file, check=False)
+    for code in ("sform_code", "qform_code"):
+        if stored[code] > 0 and header[code] == 0:
+            raise ScanError(f"{path}: its {code} is {stored[code]}, which NIfTI does not have; correct the header")
     spacing = stored["pixdim"][1:4]
-    if not np.isfinite(spacing).all() or not (spacing != 0).all():
+    # With an sform, the header's spacing is not used.
+    if header["sform_code"] == 0 and not (np.isfinite(spacing) & (spacing != 0)).all():
         raise ScanError(f"{path}: voxel spacing {times(spacing)} mm is not usable; correct the header")

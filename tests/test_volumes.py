@@ -17,6 +17,7 @@ import SimpleITK as sitk
 from medmim import folders
 from medmim.errors import ScanError
 from medmim.folders import find_scans
+from medmim.nifti import nifti_header
 from medmim.scans import as_volume
 from medmim.volumes import Volume, load_volume
 from scans import SHAPE, SPACING, itk_image, rotated_affine, save_nifti, voxels, write_dicom
@@ -272,6 +273,44 @@ def affine_not_a_number(folder):
     return path
 
 
+def patched(folder, offset, form, *values):
+    path = save_nifti(folder / "scan.nii", voxels())
+    data = bytearray(path.read_bytes())
+    struct.pack_into(form, data, offset, *values)
+    path.write_bytes(data)
+    return path
+
+
+def voxels_inside_the_header(folder):
+    return patched(folder, 108, "<f", 0)  # vox_offset
+
+
+def unknown_code_of_the_sform(folder):
+    return patched(folder, 254, "<h", 9)
+
+
+def unknown_code_of_the_qform(folder):
+    return patched(folder, 252, "<h", 9)
+
+
+def beyond_float32_when_scaled(folder):
+    return patched(folder, 112, "<ff", 1e38, 0)  # scl_slope, scl_inter
+
+
+def gzip_whose_voxels_changed(folder):
+    path = folder / "scan.nii.gz"
+    data = bytearray(gzip.compress(save_nifti(folder / "scan.nii", voxels()).read_bytes(), 0))  # bytes as they are
+    data[900] ^= 0xFF
+    path.write_bytes(data)
+    return path
+
+
+def gzip_cut_short_behind_the_voxels(folder):
+    path = save_nifti(folder / "scan.nii.gz", voxels())
+    path.write_bytes(path.read_bytes()[:-6])
+    return path
+
+
 def unknown_suffix(folder):
     (folder / "scan.png").write_bytes(b"\x89PNG")
     return folder / "scan.png"
@@ -362,6 +401,12 @@ BROKEN = {
     zero_spacing: "voxel spacing 1 x 0 x 1 mm",
     singular_affine: "singular",
     affine_not_a_number: "not usable",
+    voxels_inside_the_header: "voxels start inside of the header",
+    unknown_code_of_the_sform: "its sform_code is 9, which NIfTI does not have; correct",
+    unknown_code_of_the_qform: "its qform_code is 9",
+    beyond_float32_when_scaled: "752 of 756 voxels are NaN or infinite",
+    gzip_whose_voxels_changed: "cannot be read as NIfTI .*CRC",
+    gzip_cut_short_behind_the_voxels: "cannot be read as NIfTI",
     unknown_suffix: r"ends in \.nii",
     text_named_nrrd: "cannot be read as NRRD",
     truncated_nrrd: "cannot be read as NRRD",
@@ -392,6 +437,13 @@ def test_broken_scan_is_one_sentence(tmp_path, make, capfd, caplog):
     assert not caplog.records
     if make is not truncated_mha:  # the MetaImage library prints past ITK's switch
         assert "".join(capfd.readouterr()) == ""
+
+
+def test_what_nibabel_corrects_in_a_header_is_not_printed(tmp_path, caplog):
+    path = patched(tmp_path, 80, "<f", -0.8)  # pixdim[1]
+    assert load_volume(path).spacing == pytest.approx(SPACING)
+    assert nifti_header(path)["pixdim"][1] == pytest.approx(0.8)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nrrd", ".mha"])
