@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import SimpleITK as sitk
 
 HEADER_BYTES = 1_000_000  # of NRRD and MetaImage, in which they may name another file
+PACKED_BYTES = 1 << 16  # of compressed voxels, unpacked at a time
+ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS
 NRRD_FIELD = 500  # characters of a field in its header; three vectors in full precision have 230
 
 
@@ -32,7 +35,8 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not _is_text(path):  # SimpleITK would end the process
         raise ScanError(f"{path}: its path is not text in UTF-8, as ITK needs it; rename it")
     format_name = "NRRD" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImage"
-    data = _data_file(path, format_name)
+    header = _header(path)
+    data = _data_file(path, header, format_name)
     with _itk(path, format_name):
         reader = sitk.ImageFileReader()
         reader.SetImageIO("NrrdImageIO" if format_name == "NRRD" else "MetaImageIO")
@@ -42,7 +46,10 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
         _check_components(reader, path)
         check_claim(reader.GetSize(), data.stat().st_size * DEFLATION, path, format_name)
         image = reader.Execute()
-    return _array_and_affine(image)
+    array, affine = _array_and_affine(image)
+    if format_name == "MetaImage":
+        _check_unpacked(array, path, header, data)
+    return array, affine
 
 
 @contextmanager
@@ -62,17 +69,21 @@ def _itk(path: Path, format_name: str) -> Iterator[None]:
         sitk.ProcessObject.SetGlobalWarningDisplay(warnings)
 
 
-def _data_file(path: Path, format_name: str) -> Path:
+def _header(path: Path) -> bytes:
+    """What a file starts with."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(HEADER_BYTES)
+    except OSError as error:  # of a user who may not read it
+        raise ScanError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _data_file(path: Path, header: bytes, format_name: str) -> Path:
     """The file with the voxels: the header's own, or another one in its folder.
 
     Raises:
         ScanError: When they are in several files, or in one elsewhere, which a header from a stranger must not name.
     """
-    try:
-        with open(path, "rb") as file:
-            header = file.read(HEADER_BYTES)
-    except OSError as error:  # of a user who may not read it
-        raise ScanError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     if format_name == "NRRD":
         header = re.split(rb"\r?\n\r?\n", header, maxsplit=1)[0]
         for line in header.splitlines():
@@ -96,6 +107,32 @@ def _data_file(path: Path, format_name: str) -> Path:
         if not is_file:
             raise ScanError(f"{path}: the file with its voxels is missing ({text}); copy it beside it")
     return data
+
+
+def _check_unpacked(array: np.ndarray, path: Path, header: bytes, data: Path) -> None:
+    """Refuses the voxels of a compressed MetaImage that are not those of its file.
+
+    Of damaged ones, ITK prints "Uncompress failed" and gives whatever was in memory.
+    """
+    fields = re.search(rb"\A(.*?)^ElementDataFile[^\n]*\n", header, re.M | re.S)
+    if fields is None or not re.search(rb"^CompressedData\s*[=:]\s*[Tt1]", fields[1], re.M):
+        return
+    unpack = zlib.decompressobj(ZLIB_OR_GZIP)
+    checksum = length = 0
+    with open(data, "rb") as file:
+        file.seek(fields.end() if data == path else 0)
+        try:
+            while not unpack.eof and length <= array.nbytes and (packed := file.read(PACKED_BYTES)):
+                piece = unpack.decompress(packed)
+                checksum, length = zlib.crc32(piece, checksum), length + len(piece)
+        except zlib.error:
+            pass
+    read = np.ascontiguousarray(array.transpose())  # in the order of the file
+    if not unpack.eof or checksum not in (zlib.crc32(read), zlib.crc32(read.byteswap())):
+        raise ScanError(
+            f"{path}: cannot be read as MetaImage (its compressed voxels are damaged, or not as long as the header "
+            "says); copy or export it again"
+        )
 
 
 def _is_text(path: Path) -> bool:
