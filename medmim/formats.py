@@ -62,5 +62,7 @@ def one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if not isinstance(error, RuntimeError):
         return lines[0]
-    line = next((line for line in reversed(lines) if not line.startswith("Reason:")), lines[-1])
+    # Behind a matrix that ITK refuses stand its rows.
+    told = (line for line in reversed(lines) if not re.match(r"Reason:|(to )?[-\d. ]+$", line))
+    line = next(told, lines[-1])
     return re.sub(r"^(sitk::|ITK )ERROR: (\w+\(0x\w+\): )?", "", line)

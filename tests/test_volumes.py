@@ -400,6 +400,13 @@ def itk_plane(folder):
     return folder / "scan.mha"
 
 
+def singular_mha(folder):
+    path = folder / "scan.mha"
+    sitk.WriteImage(itk_image(voxels(), np.eye(4)), str(path))
+    path.write_bytes(re.sub(rb"TransformMatrix = .*", b"TransformMatrix = 1 0 0 1 0 0 0 0 1", path.read_bytes()))
+    return path
+
+
 def folder_without_scans(folder):
     (folder / "notes.txt").write_text("nothing here")
     return folder
@@ -467,6 +474,7 @@ BROKEN = {
     itk_time_series: "5 frames .* split it",
     itk_colours: "3 values a voxel",
     itk_plane: "2 axes .* 3-D scan",
+    singular_mha: r"MetaImage \(Bad direction, determinant is 0",
     folder_without_scans: "no DICOM files",
     text_named_dicom: "cannot be read as DICOM",
     dicom_slice: "single slice",
