@@ -317,8 +317,9 @@ def load_labels(path: Path, *, num_classes: int) -> Volume:
     """
     labels = load_volume(path)
     values = np.unique(labels.array)
-    if (values != np.round(values)).any() or values[0] < 0 or values[-1] >= num_classes:
-        found = ", ".join(f"{value:g}" for value in values[:8].tolist())
+    wrong = values[(values != np.round(values)) | (values < 0) | (values >= num_classes)]
+    if len(wrong):
+        found = ", ".join(f"{value:.9g}" for value in wrong[:8].tolist())
         raise ScanError(f"{path}: labels must be 0 to {num_classes - 1}, one a class, but it holds {found}")
     return labels
 
