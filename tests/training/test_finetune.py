@@ -221,6 +221,17 @@ def test_a_subject_on_two_sides_is_refused(data, tmp_path):
             split_cases(find_cases(data, tmp_path / "s.csv"), 0, source="s.csv")
 
 
+def test_a_scan_of_several_cases_on_two_sides_is_refused(tmp_path):
+    rows = [f"a.nii,{i}.nii,reader {i}" for i in range(9)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,label,case", *rows, "b.nii,b.nii,b"]))
+    with pytest.raises(SpecError, match=r"x: .*a\.nii is in more than one of .*give its cases one subject_group"):
+        split_cases(find_cases(tmp_path / "list.csv"), 0, source="x")
+    rows = [f"{row},a" for row in rows]
+    (tmp_path / "list.csv").write_text("\n".join(["image,label,case,subject_group", *rows, "b.nii,b.nii,b,b"]))
+    cases = find_cases(tmp_path / "list.csv")
+    assert {len(split_cases(cases, fold, source="x").validation) for fold in {case.fold for case in cases}} == {1, 9}
+
+
 def test_folds_are_drawn_by_subject_where_none_are_given(data, tmp_path):
     (tmp_path / "s.csv").write_text("case,subject_group\n" + "".join(f"case_{i},s{i // 2}\n" for i in range(8)))
     cases = find_cases(data, tmp_path / "s.csv")

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -152,7 +154,7 @@ def split_cases(cases: Sequence[Case], fold: int, *, source: str) -> Split:
         source: Named in the error.
 
     Raises:
-        SpecError: For a fold that nobody is in, or a group that is on two sides.
+        SpecError: For a fold that nobody is in, or a group or file that is on two sides.
     """
     used = [case for case in cases if not case.is_test]
     split = Split(
@@ -165,14 +167,25 @@ def split_cases(cases: Sequence[Case], fold: int, *, source: str) -> Split:
     if not split.training or not split.validation:
         folds = sorted({case.fold for case in used} - {TRAINS})
         raise SpecError(f"{source}: fold {fold} leaves nobody to train or validate with; there are folds {folds}")
-    sides = [{case.group for case in side} for side in (split.training, split.validation, split.test)]
-    shared = (sides[0] & sides[1]) | (sides[0] & sides[2]) | (sides[1] & sides[2])
-    if shared:
+    sides = (split.training, split.validation, split.test)
+    subjects = _on_two_sides([{case.group for case in side} for side in sides])
+    if subjects:
         raise SpecError(
-            f"{source}: subject {min(shared)} is in more than one of training, validation and test; give all of its "
+            f"{source}: subject {min(subjects)} is in more than one of training, validation and test; give all of its "
             "cases one fold and one split"
         )
+    files = _on_two_sides([{case.image for case in side if isinstance(case.image, Path)} for side in sides])
+    if files:
+        raise SpecError(
+            f"{source}: {min(files)} is in more than one of training, validation and test; give its cases one "
+            "subject_group"
+        )
     return split
+
+
+def _on_two_sides(sides: Sequence[set[Any]]) -> set[Any]:
+    """What more than one of some sets have."""
+    return set().union(*(one & other for one, other in combinations(sides, 2)))
 
 
 def choose(cases: Sequence[Case], number: int, *, seed: int) -> tuple[Case, ...]:
