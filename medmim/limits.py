@@ -55,13 +55,15 @@ def read_text(path: Path, limit: int, *, error: type[MedmimError] = SpecError) -
 def read_csv(path: Path, limit: int = LIST_BYTES) -> tuple[list[str], list[dict[str, str]]]:
     """The columns of a CSV file, and its rows by column; a cell that is missing at the end of a row is empty.
 
+    Rows of empty cells, which spreadsheets leave behind the last one, are passed over as empty lines are.
+
     Raises:
         SpecError: See `read_text`.
     """
     try:
         text = _read(path, limit, SpecError).decode(UTF8)
         reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
-        return list(reader.fieldnames or ()), list(reader)
+        return list(reader.fieldnames or ()), [row for row in reader if any(row.values())]
     except (UnicodeDecodeError, csv.Error) as failure:
         raise SpecError(f"{path}: not readable as CSV in UTF-8 ({failure}); save it as that") from None
 

@@ -439,8 +439,11 @@ def test_a_modality_that_is_unknown_is_refused(tmp_path, text):
 
 
 def test_a_list_that_a_spreadsheet_saved(tmp_path):
-    (tmp_path / "list.csv").write_text("file,group\na.nii,x\n", encoding="utf-8-sig")
+    (tmp_path / "list.csv").write_text("file,group\r\na.nii,x\r\n,\r\n\r\n,\r\n", encoding="utf-8-sig")
     assert [s.name for s in find_sources(tmp_path / "list.csv")] == ["a.nii"]
+    (tmp_path / "list.csv").write_text("file,group\na.nii,x\n,y\n")
+    with pytest.raises(SpecError, match="row 2 has no file"):
+        find_sources(tmp_path / "list.csv")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"training": [{"label": "a"}]}', '{"training": []}'])
