@@ -246,6 +246,13 @@ def test_a_scan_that_is_listed_twice_is_one_scan(tmp_path):
     assert told == [f"{tmp_path / 'list.csv'}: takes each scan once, 2 of 3 rows"]
 
 
+@pytest.mark.parametrize("other", ["a.nii.gz,CT", "./a.nii.gz,MR"])
+def test_rows_of_one_scan_that_do_not_agree_are_refused(tmp_path, other):
+    (tmp_path / "list.csv").write_text(f"file,modality\na.nii.gz,MR\n{other}\nb.nii.gz,MR\n")
+    with pytest.raises(SpecError, match=r"list\.csv: its rows of .*a\.nii\.gz differ in name, modality, "):
+        find_sources(tmp_path / "list.csv")
+
+
 def test_crops_are_a_function_of_seed_and_index(store, recipe):
     first, again = dataset(store, recipe), dataset(store, recipe)
     list(map(first.__getitem__, range(5)))  # whatever was read before does not matter

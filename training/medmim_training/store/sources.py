@@ -56,7 +56,8 @@ def find_sources(
         tell: Called with a sentence on what is taken and what is left out, where that is not all that was found.
 
     Raises:
-        SpecError: For a missing or malformed source, an unknown column or modality, or nothing left.
+        SpecError: For a missing or malformed source, an unknown column or modality, nothing left, or rows of one scan
+            that do not agree.
     """
     source = Path(source)
     if (source / IMAGES).is_dir():
@@ -74,6 +75,9 @@ def find_sources(
     if not found:
         raise SpecError(f"{source}: no scan found" + (f" where {' and '.join(where)}" if where else ""))
     once = list(dict.fromkeys(found))  # a list may have a row a lesion
+    path, times = Counter(each.path for each in once).most_common(1)[0]
+    if times > 1:
+        raise SpecError(f"{source}: its rows of {path} differ in name, modality, group or licence; leave one of them")
     if len(once) < len(found):
         tell(f"{source}: takes each scan once, {len(once)} of {len(found)} rows")
     return once
