@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import PureWindowsPath
 from typing import Any
 
@@ -11,13 +13,30 @@ class PathInAnswer(ValueError):
 
 
 def watch_answers() -> None:
-    """Has every answer to a question about a file looked at before the client acts on it, and every request."""
-    from huggingface_hub import get_session
+    """Has every answer to a question about a file looked at before the client acts on it, and every request.
 
+    When a connection fails, huggingface_hub goes on with another HTTP client, which it makes then; so a server could
+    get rid of what watches the first one.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import _http
+
+    make = getattr(_http, "_GLOBAL_CLIENT_FACTORY", None)  # which can be set in public, but not read
+    if make is not None and getattr(make, "func", None) is not _make_watched:
+        _http._GLOBAL_CLIENT_FACTORY = partial(_make_watched, make)
+    _watch(get_session())
+
+
+def _make_watched(make: Callable[[], Any]) -> Any:
+    client = make()
+    _watch(client)
+    return client
+
+
+def _watch(client: Any) -> None:
     for kind, hook in (("request", _keep_password), ("response", _refuse_paths)):
-        hooks = get_session().event_hooks[kind]
-        if hook not in hooks:
-            hooks.append(hook)
+        if hook not in client.event_hooks[kind]:
+            client.event_hooks[kind].append(hook)
 
 
 def _keep_password(request: Any) -> None:

@@ -120,6 +120,28 @@ def test_no_answer_names_a_file_outside_of_the_cache(header, name, first, place,
     assert place.find(CONFIG).read_bytes() == b"{}"
 
 
+def test_the_client_that_follows_a_failed_connection_is_watched_too(place, double, tmp_path, monkeypatch):
+    """huggingface_hub drops its client when a connection fails, and a server decides whether one does."""
+    first = get_session()
+    request, failure = type(first).request, sys.modules[type(first).__module__.partition(".")[0]].ConnectError
+    asked = []
+
+    def fail_after_the_first_answer(self, *args, **kwargs):
+        asked.append(self)
+        if len(asked) in (3, 4):  # before them a question and where it led to
+            raise failure("TLS handshake failed")
+        return request(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(first), "request", fail_after_the_first_answer)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    double.fault("HEAD", "resolve-cache", headers={})
+    double.fault("HEAD", "resolve-cache", times=inf, headers={"ETag": f'"{tmp_path / "outside"}"'})
+    with pytest.raises(WeightsError, match="ETag of the answer names a file outside of the cache"):
+        place.find(CONFIG)
+    assert get_session() is asked[-1] is not first
+    assert not (tmp_path / "outside").exists()
+
+
 def test_no_answer_notes_a_missing_file_outside_of_the_cache(place, double, tmp_path):
     lie = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": str(tmp_path / "outside")}
     double.fault("HEAD", "", times=inf, status=404, headers=lie)
