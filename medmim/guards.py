@@ -42,7 +42,7 @@ def _watch(client: Any) -> None:
 def _keep_password(request: Any) -> None:
     """Takes the password of a mirror off a request to the Hub, which a mirror may lead to: the client leaves it on."""
     is_password = request.headers.get("authorization", "").startswith("Basic ")
-    if is_password and request.url.host.endswith("huggingface.co"):
+    if is_password and request.url.host.endswith(("huggingface.co", "hf.co")):
         del request.headers["authorization"]
 
 

@@ -150,7 +150,7 @@ def test_no_answer_notes_a_missing_file_outside_of_the_cache(place, double, tmp_
     assert not (tmp_path / "outside").exists()
 
 
-@pytest.mark.parametrize(("host", "kept"), [("huggingface.co", False), ("mirror.example.org", True)])
+@pytest.mark.parametrize(("host", "kept"), [("huggingface.co", False), ("hf.co", False), ("mirror.example.org", True)])
 def test_the_password_of_a_mirror_is_kept_from_the_hub(host, kept, place):
     place.find(CONFIG)
     session = get_session()
