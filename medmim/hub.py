@@ -132,7 +132,7 @@ def place_of_weights(name: str, weights: WeightsSpec, access: HubAccess) -> Plac
     if all(packaged.find(file.name) for file in weights.encoder):
         return packaged
     if (hub := local_hub()) is not None:
-        return _in_local_hub(hub, hub.find_pinned(repository_of(name, weights), weights.revision))
+        return in_local_hub(hub, hub.find_pinned(repository_of(name, weights), weights.revision))
     if weights.repo is None:
         raise WeightsError(f"{name} is not in {PACKAGED} and was never published; install medmim from its source")
     namespace = os.environ.get("MEDMIM_HUB")
@@ -152,7 +152,7 @@ def place_of_repository(repo: str, revision: str | None, access: HubAccess) -> P
         raise WeightsError(f"{repo!r} is not the name of a repository; it is written org/name, or org/name@revision")
     if (hub := local_hub()) is None:
         return Repository(repo, revision or "main", access)
-    return _in_local_hub(hub, hub.find(repo, revision))
+    return in_local_hub(hub, hub.find(repo, revision))
 
 
 def repository_of(name: str, weights: WeightsSpec) -> str:
@@ -167,7 +167,8 @@ def local_hub() -> LocalHub | None:
     return LocalHub(value) if is_path else None
 
 
-def _in_local_hub(hub: LocalHub, version: Version) -> LocalVersion:
+def in_local_hub(hub: LocalHub, version: Version) -> LocalVersion:
+    """The model folder that a version is, whose files may not lie outside of the hub."""
     return LocalVersion(version.folder, hub.root, version.repo, version.name)
 
 

@@ -124,8 +124,8 @@ class LocalDestination:
     def send(self, upload: Upload, message: str, progress: Progress) -> Publication:
         files = dict(upload.files)
         if upload.kept:
-            before = self.hub.find(upload.repo, upload.state.commit).folder
-            files |= {name: before / name for name in upload.kept}
+            before = hub.in_local_hub(self.hub, self.hub.find(upload.repo, upload.state.commit))
+            files |= {name: path for name in upload.kept if (path := before.find(name)) is not None}
         commit = self.hub.publish(
             upload.repo,
             files,

@@ -416,6 +416,17 @@ def test_a_local_hub_keeps_the_card_and_nothing_else_of_an_older_version(local, 
     assert (local.find(REPO, third.commit).folder / "README.md").read_text() == "# Another"
 
 
+def test_what_is_kept_in_a_local_hub_is_no_link_out_of_it(local, model, tmp_path):
+    """Who may write to a hub that several publish to must not get at files that they alone may read."""
+    first = push(model, card=CARD)
+    (tmp_path / "secret").write_text("of who publishes next")
+    (local.find(REPO).folder / "README.md").unlink()
+    (local.find(REPO).folder / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(WeightsError, match=r"README\.md: a link that leads out of the model folder"):
+        push_to_hub(tiny_model(), REPO, weights=RECORD, card=CARD)
+    assert local.head(REPO) == first.commit
+
+
 def test_a_local_hub_refuses_what_has_changed_since(local, model, tmp_path):
     push(model, card=CARD)
     upload = plan(tmp_path / "model", card=CARD)
