@@ -190,6 +190,15 @@ def test_no_wait_is_too_long_to_be_read(place, double):
         place.find(CONFIG)
 
 
+def test_a_cache_in_the_home_folder_is_looked_into_too(place, double, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = replace(place, access=replace(place.access, cache_dir="~/mine"))
+    assert place.find(CONFIG).is_relative_to(tmp_path / "mine")
+    double.asked()
+    assert place.find(CONFIG).read_bytes() == b"{}"
+    assert double.asked() == []
+
+
 def test_a_file_that_a_commit_lacks_is_asked_for_once(place, double):
     assert place.find("model.safetensors.index.json") is None
     assert double.asked()
