@@ -170,3 +170,10 @@ def test_gradients_of_convolutions_over_small_maps_are_right_in_bf16(size, bias,
     y.backward(given.to(y.dtype))
     for one, other in zip(exact.parameters(), rounded.parameters(), strict=True):
         assert (other.grad - one.grad).norm() < 0.02 * one.grad.norm()
+
+
+def test_a_convolution_over_a_small_map_is_as_exact_as_its_numbers():
+    double = Conv3d(4, 4, 3, padding=1).double()
+    x = torch.rand(1, 4, 2, 2, 2, dtype=torch.float64)
+    expected = torch.nn.functional.conv3d(x, double.weight, double.bias, padding=1)
+    torch.testing.assert_close(double(x), expected, rtol=0, atol=1e-12)

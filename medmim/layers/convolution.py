@@ -25,7 +25,7 @@ class Conv3d(nn.Conv3d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not 1 < x.shape[2] < self.kernel_size[0]:
+        if x.device.type != "cpu" or x.dtype == torch.float64 or not 1 < x.shape[2] < self.kernel_size[0]:
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             bias = None if self.bias is None else self.bias.float()
