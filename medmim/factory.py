@@ -17,7 +17,7 @@ from torch import nn
 
 from medmim import hub, registry
 from medmim.arguments import check_arguments, check_placement, checked_arguments
-from medmim.checkpoints import load_strictly, read_tensors
+from medmim.checkpoints import load_strictly, misfit, read_tensors
 from medmim.construction import construct, construct_within_limits, with_decoder
 from medmim.errors import SpecError, WeightsError
 from medmim.files import to_path
@@ -53,8 +53,9 @@ def create_model(
         name: "architecture" or "architecture.tag" of the catalog (see `list_models`, `list_pretrained`),
             "hf-hub:org/name[@revision]", or "local-dir:path" of a folder that `save_pretrained` wrote.
         pretrained: Loads the weights of that name, repository or folder, and returns the model in evaluation mode.
-        checkpoint_path: Loads this safetensors file instead, saved from a model with the arguments of `name`. If a ViT
-            of another input size, say so: `pretrained_img_size=`.
+        checkpoint_path: Loads this safetensors file instead, saved from a model with the arguments given here, or else
+            with those of `name`: what fits as it is is not fitted. If a ViT of another input size, say so:
+            `pretrained_img_size=`.
         device: Where the model goes; None for the CPU.
         dtype: Of floating-point parameters; None for float32, whatever the file has.
         revision: Commit, tag or branch of a "hf-hub:" name.
@@ -95,7 +96,8 @@ def create_model(
         task = task.model_copy(update={"origin": None})  # is that of the stored weights, which are not loaded
     if checkpoint_path is not None:
         tensors = read_tensors([to_path(checkpoint_path, "checkpoint_path")], widen=dtype in (None, torch.float32))
-        fill(model, args, family, stored, tensors, source=str(checkpoint_path), device=device, dtype=dtype)
+        saved = stored.model_copy(update={"args": args}) if misfit(model, tensors) is None else stored
+        fill(model, args, family, saved, tensors, source=str(checkpoint_path), device=device, dtype=dtype)
     elif pretrained:
         weights = stored.weights
         if weights is not None and weights.converter is not None:

@@ -647,6 +647,23 @@ def test_another_number_of_classes(how, saved, wanted, tmp_path):
         assert not model.head.bias.any()
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"num_classes": 3, "global_pool": "attn"},
+        {"num_classes": 3, "global_pool": "token", "class_token": True},
+        {"pos_embed": "learned"},
+    ],
+)
+def test_a_file_of_a_model_with_the_arguments_given_is_loaded_as_it_is(args, tmp_path):
+    source = tiny_model(**args)
+    for parameter in source.parameters():  # so that nothing is what it starts from
+        torch.nn.init.normal_(parameter)
+    save_file(source.state_dict(), tmp_path / "x.safetensors")
+    loaded = medmim.create_model("vit_t_mae3d", checkpoint_path=tmp_path / "x.safetensors", **TINY["vit"], **args)
+    assert_same_state(loaded, source)
+
+
 def test_several_changes_at_once(tmp_path):
     save_tiny(tmp_path)
     args = {"img_size": (32, 32, 64), "patch_size": (16, 16, 16), "in_chans": 4, "num_classes": 2}
