@@ -24,7 +24,7 @@ from medmim.errors import MedmimError, SpecError, WeightsError
 from medmim.files import atomic_write, check_writable, to_path, write_text
 from medmim.heads.segmenter import Segmenter
 from medmim.identity import uncompiled
-from medmim.inference import last_map
+from medmim.inference import evaluating, last_map
 from medmim.saving import current_spec, save_pretrained
 from medmim.spec import ModelSpec, VolumeSpec, ZScore
 
@@ -52,12 +52,8 @@ def export_model(model: nn.Module, path: str | Path, *, to: str) -> None:
         raise SpecError(f"there is no form {to!r} to export to; choose one of {', '.join(FORMS)}")
     path, model = to_path(path, "path"), uncompiled(model)
     current_spec(model)  # refuses what has none, before anything is written
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         FORMS[to](model, path)
-    finally:
-        model.train(was_training)
 
 
 def _to_torch_export(model: nn.Module, path: Path) -> None:

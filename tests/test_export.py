@@ -184,6 +184,18 @@ def test_what_a_bundle_could_not_embed_is_not_exported(tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_model_is_left_as_it_was(tmp_path, monkeypatch):
+    model = tiny_model().train()
+    model.blocks[0].eval()  # frozen, say
+    before = [module.training for module in model.modules()]
+    exported = []
+    monkeypatch.setitem(export.FORMS, "onnx", lambda model, path: exported.extend(m.training for m in model.modules()))
+    medmim.export_model(model, tmp_path / "x.onnx", to="onnx")
+    assert exported
+    assert not any(exported)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_the_command(tmp_path, monkeypatch, capfd):
     save_tiny(tmp_path / "tiny")
     arguments = ["export", f"local-dir:{tmp_path / 'tiny'}", "--to", "monai-bundle", "-o", str(tmp_path / "bundle")]
