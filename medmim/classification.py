@@ -9,7 +9,7 @@ from torch import nn
 
 from medmim.errors import SpecError
 from medmim.heads.segmenter import Segmenter
-from medmim.identity import uncompiled
+from medmim.identity import name_of, uncompiled
 from medmim.inference import evaluating
 from medmim.transforms import create_transform
 
@@ -55,13 +55,13 @@ def classified_classes(model: nn.Module) -> tuple[str, ...]:
     Raises:
         SpecError: For a model that has no classifier, or one of a single output or of others than its task names.
     """
-    name = model.spec.name if model.spec is not None else type(model).__name__
-    if isinstance(uncompiled(model), Segmenter) or not model.num_classes:
+    name, spec = name_of(model), getattr(model, "spec", None)
+    if isinstance(uncompiled(model), Segmenter) or not getattr(model, "num_classes", 0):
         raise SpecError(f"{name} does not classify; `medmim-train finetune` makes a model that does")
     if model.num_classes == 1:
         raise SpecError(f"{name} has a single output, of which softmax makes 1 for any scan; use two classes or more")
-    if model.spec is not None and model.spec.task is not None:
-        if len(classes := model.spec.task.classes) != model.num_classes:
+    if spec is not None and spec.task is not None:
+        if len(classes := spec.task.classes) != model.num_classes:
             raise SpecError(f"{name} has {model.num_classes} outputs, its task names {len(classes)}; use name_classes")
         return classes
     return tuple(f"class {i}" for i in range(model.num_classes))

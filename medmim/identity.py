@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,12 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def name_of(model: Any) -> str:
+    """What a model is called: as its spec says, else as its class."""
+    spec = getattr(model, "spec", None)
+    return type(model).__name__ if spec is None else spec.name
+
+
 def identity(model: nn.Module, *, modality: str | None = None) -> str:
     """A model's name and the start of the digest of its weights: "vit_t_mae3d.open_mix sha256:0123456789abcdef".
 
@@ -33,6 +40,5 @@ def identity(model: nn.Module, *, modality: str | None = None) -> str:
         model: Which.
         modality: What it is told that scans are, as which it computes something else; it follows as " for CT".
     """
-    name = model.spec.name if getattr(model, "spec", None) is not None else type(model).__name__
     told = f" for {modality}" if modality else ""
-    return f"{name} sha256:{weights_digest(model)[:SHOWN]}{told}"
+    return f"{name_of(model)} sha256:{weights_digest(model)[:SHOWN]}{told}"

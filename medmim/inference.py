@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from medmim.errors import ScanError, SpecError, printable
 from medmim.files import atomic_write
 from medmim.heads.segmenter import Segmenter
-from medmim.identity import uncompiled
+from medmim.identity import name_of, uncompiled
 from medmim.layers.tokens import Size
 from medmim.transforms import create_transform
 from medmim.windows import cover, covering_grid, crop_window, in_batches
@@ -89,8 +89,7 @@ def embed(
     share = foreground_patches(voxels, stride).flatten().float()  # (Dg * Hg * Wg,)
     pooled = features.flatten(1) @ (share / share.sum())  # a product, where indexing would copy the feature map
     affine = x.affine @ _token_to_voxel(stride)
-    name = model.spec.name if getattr(model, "spec", None) else type(model).__name__
-    return Embedding(features, pooled, affine, name, x.meta["filename_or_obj"])
+    return Embedding(features, pooled, affine, name_of(model), x.meta["filename_or_obj"])
 
 
 # no_grad, because what inference_mode returns could not be used to train a probe on it.

@@ -21,7 +21,7 @@ from medmim.errors import ScanError, SpecError
 from medmim.files import atomic_write
 from medmim.formats import times
 from medmim.heads.segmenter import Segmenter
-from medmim.identity import uncompiled
+from medmim.identity import name_of, uncompiled
 from medmim.inference import evaluating
 from medmim.nifti import header_affine, nifti_header
 from medmim.scans import AFFINE_TOLERANCE
@@ -181,8 +181,7 @@ def segmented_classes(model: Segmenter) -> tuple[str, ...]:
         SpecError: For a model that is none.
     """
     if not isinstance(uncompiled(model), Segmenter):
-        name = model.spec.name if model.spec is not None else type(model).__name__
-        raise SpecError(f"{name} does not segment; `medmim-train finetune` makes a model that does")
+        raise SpecError(f"{name_of(model)} does not segment; `medmim-train finetune` makes a model that does")
     return model.spec.task.classes
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medmim.errors import SpecError
+from medmim.identity import name_of
 from medmim.layers.sharing import Shareable
 from medmim.layers.tokens import Size
 from medmim.registry import nearest
@@ -59,8 +60,7 @@ class Segmenter(Shareable, nn.Module):
         try:
             self.decoder = cls(encoder, num_classes=num_classes, **decoder.args)
         except (TypeError, ValueError) as error:
-            name = encoder.spec.name if encoder.spec is not None else type(encoder).__name__
-            raise SpecError(f"decoder {decoder.kind} does not fit {name}: {error}") from None
+            raise SpecError(f"decoder {decoder.kind} does not fit {name_of(encoder)}: {error}") from None
 
     @property
     def img_size(self) -> Size:
