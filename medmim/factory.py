@@ -109,7 +109,7 @@ def create_model(
     model.to(device=device, dtype=dtype).train(not loads)
     model.spec = stored.model_copy(update={"args": args, "weights": weights, "task": task})
     # Where files that belong to these weights (the decoder) will be looked for; a token is not kept in a model.
-    model.weights_place = place.without_token() if weights is not None else None
+    model.weights_place = place.for_keeping() if weights is not None else None
     return model
 
 

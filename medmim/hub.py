@@ -49,9 +49,9 @@ class Folder:
     def __str__(self) -> str:
         return str(self.path)
 
-    def without_token(self) -> Folder:
-        """Itself: a folder needs no token."""
-        return self
+    def for_keeping(self) -> Folder:
+        """The same place, wherever the process goes on."""
+        return replace(self, path=self.path.absolute())
 
     def find(self, name: str) -> Path | None:
         """The path of a file, None when there is none.
@@ -109,6 +109,10 @@ class LocalVersion(Folder):
     hub: Path
     repo: str
     revision: str | None
+
+    def for_keeping(self) -> LocalVersion:
+        """See `Folder`."""
+        return replace(super().for_keeping(), hub=self.hub.absolute())
 
     def _bounds(self) -> Path:
         return self.hub.resolve()

@@ -40,8 +40,8 @@ class Repository:
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision}"
 
-    def without_token(self) -> Repository:
-        """The same place for keeping: a saved object must not carry the token."""
+    def for_keeping(self) -> Repository:
+        """The same place, without the token: a saved object must not carry it."""
         return replace(self, access=replace(self.access, token=None))
 
     def find(self, name: str) -> Path | None:

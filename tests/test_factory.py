@@ -703,6 +703,21 @@ def test_the_decoder_follows_the_model(tiny_folder):
     assert_same_state(medmim.create_decoder(copy.deepcopy(model)), decoder)
 
 
+@pytest.mark.parametrize("source", ["folder", "local hub"])
+def test_the_decoder_is_found_from_another_folder(source, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if source == "folder":
+        model = medmim.from_pretrained("tiny")
+    else:
+        monkeypatch.setenv("MEDMIM_HUB", "./hub")
+        (tmp_path / "hub" / "org").mkdir(parents=True)
+        tiny_folder[0].rename(tmp_path / "hub" / "org" / "tiny")
+        model = medmim.from_pretrained("org/tiny")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert_same_state(medmim.create_decoder(model), tiny_decoder(model))
+
+
 def without_decoder(weights):
     return weights.model_copy(update={"decoder": None})
 
