@@ -96,8 +96,13 @@ def _check_keywords(cls: Callable[..., nn.Module], given: Mapping[str, Any], nam
             )
 
 
-def check_placement(device: Any, dtype: Any) -> None:
+def check_placement(device: Any, dtype: Any, *, holds_values: bool = False) -> None:
     """Refuses, before anything is read, what no parameter can be placed on or stored as.
+
+    Args:
+        device: As for `create_model`.
+        dtype: As for `create_model`.
+        holds_values: Whether the parameters are to have the values of weights.
 
     Raises:
         SpecError: Naming the device or the dtype.
@@ -109,6 +114,8 @@ def check_placement(device: Any, dtype: Any) -> None:
     # AssertionError where torch was built without CUDA.
     except (TypeError, RuntimeError, AssertionError) as error:
         raise SpecError(f"device={device!r} cannot be used here: {str(error).partition(chr(10))[0]}") from None
+    if holds_values and device is not None and torch.device(device).type == "meta":
+        raise SpecError(f"device={device!r} holds no values, so no weights; leave them out, or choose another device")
 
 
 def parameters_of(cls: Callable[..., nn.Module]) -> dict[str, inspect.Parameter]:

@@ -56,8 +56,8 @@ def create_model(
         checkpoint_path: Loads this safetensors file instead, saved from a model with the arguments given here, or else
             with those of `name`: what fits as it is is not fitted. If a ViT of another input size, say so:
             `pretrained_img_size=`.
-        device: Where the model goes; None for the CPU.
-        dtype: Of floating-point parameters; None for float32, whatever the file has.
+        device: Where the model goes; None for the CPU, or without weights for torch's default device.
+        dtype: Of floating-point parameters; None for torch's default (float32), whatever the file has.
         revision: Commit, tag or branch of a "hf-hub:" name.
         token: For a private repository; None for the one of `hf auth login` or `HF_TOKEN`.
         cache_dir: Where downloads are kept; None for huggingface_hub's own.
@@ -74,7 +74,8 @@ def create_model(
         SpecError: For arguments that the model cannot be built with, or a bad `config.json`.
         WeightsError: For weights that do not exist, cannot be fetched, are damaged or do not fit.
     """
-    check_placement(device, dtype)
+    loads = pretrained or checkpoint_path is not None
+    check_placement(device, dtype, holds_values=loads)
     access = hub.HubAccess(token, cache_dir, endpoint, local_files_only)
     stored, place = resolve(name, revision, access, needs_weights=pretrained and checkpoint_path is None)
     family = registry.find_family(stored.family, needed_by=name)
@@ -86,7 +87,6 @@ def create_model(
     if pretrained and checkpoint_path is None:
         args = fitted_arguments(family.cls, stored.args, given)
 
-    loads = pretrained or checkpoint_path is not None
     # What is asked for is tried where it costs nothing.
     model = construct_within_limits(family.cls, args, name, stored.task)
     if not loads:

@@ -77,7 +77,8 @@ def fill(
         tensors = dict(_adapt(family, model, tensors, source_args, source))
     load_strictly(model, tensors, source=source, optional=new_head, device=device, dtype=dtype)
     if new_head:
-        model.reset_classifier(model.num_classes, *([model.global_pool] if other_pool else []))
+        with torch.device("cpu"):  # whatever the default, on which weights are not loaded either
+            model.reset_classifier(model.num_classes, *([model.global_pool] if other_pool else []))
     materialise(model)
 
 
@@ -134,7 +135,8 @@ def materialise(model: nn.Module) -> None:
         WeightsError: When something is left without values.
     """
     if hasattr(model, "init_buffers"):
-        model.init_buffers()
+        with torch.device("cpu"):
+            model.init_buffers()
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         raise WeightsError(

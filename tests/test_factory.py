@@ -115,6 +115,16 @@ def test_device_and_dtype_without_weights():
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in (*model.parameters(), *model.buffers()))
 
 
+def test_weights_are_loaded_whatever_the_default_device(tiny_folder):
+    with torch.device("meta"):
+        model = medmim.from_pretrained(tiny_folder[0], num_classes=2)
+        decoder = medmim.create_decoder(model)
+    expected = medmim.from_pretrained(tiny_folder[0], num_classes=0)
+    assert torch.equal(model.forward_features(volumes(model)), expected.forward_features(volumes(model)))
+    assert torch.equal(decoder.pos_embed, medmim.create_decoder(expected).pos_embed)
+    assert 0.01 < model.head.weight.std() < 0.03
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_device_with_weights(tiny_folder):
@@ -266,6 +276,7 @@ def test_arguments_of_timm_and_monai_have_another_name_here(argument, value, way
         lambda: medmim.create_model(Path("vit_t_mae3d")),
         lambda: medmim.create_model("vit_t_mae3d", device="graphics card"),
         lambda: medmim.create_model("vit_t_mae3d", device=1.5),
+        lambda: medmim.create_model("vit_t_mae3d", True, device="meta"),
         lambda: medmim.create_model("vit_t_mae3d", dtype="float32"),
         lambda: medmim.create_model("vit_t_mae3d", dtype=torch.int32),
         lambda: medmim.create_model("vit_t_mae3d", checkpoint_path=3),
