@@ -24,7 +24,7 @@ RECORD = (
     "weights are chosen by their tag; model.spec says what they are, create_transform(model) prepares scans for them"
 )
 
-# Arguments of timm's and MONAI's models that have another form here.
+# Arguments of timm's and MONAI's models, and of huggingface_hub's, that have another form here.
 ELSEWHERE = {
     "features_only": FEATURE_MAPS,
     "out_indices": FEATURE_MAPS,
@@ -35,6 +35,9 @@ ELSEWHERE = {
     "in_channels": "give in_chans=",
     "out_channels": "give num_classes=; medmim.create_segmenter gives each voxel its classes",
     "spatial_dims": "leave it out, volumes have three",
+    "map_location": "give device=",
+    "strict": "leave it out, loading is strict; num_classes=, in_chans=, img_size= and patch_size= may differ",
+    "force_download": "leave it out, files are checked, and damaged ones fetched again",
 }
 
 

@@ -262,9 +262,12 @@ def test_one_number_is_a_cube(pretrained, tiny_weights):
         ("in_channels", 2, "give in_chans="),
         ("out_channels", 2, "give num_classes="),
         ("spatial_dims", 3, "leave it out"),
+        ("map_location", "cpu", "give device="),
+        ("strict", False, "leave it out, loading is strict"),
+        ("force_download", True, "leave it out, files are checked"),
     ],
 )
-def test_arguments_of_timm_and_monai_have_another_name_here(argument, value, way_out):
+def test_arguments_of_other_libraries_have_another_name_here(argument, value, way_out):
     with pytest.raises(UnknownModelError, match=re.escape(f"no argument '{argument}'; {way_out}")):
         medmim.create_model("vit_t_mae3d", **{argument: value})
 
