@@ -26,6 +26,7 @@ from medmim.limits import HEADER_BYTES
 SHARD_BYTES = 95_000_000  # git hosts refuse files of 100 MB
 BLOCK_BYTES = 2**24  # read at once; what a change of dtype needs beside the tensors
 HALVES = (torch.float16, torch.bfloat16)
+WRAPPERS = ("module.", "_orig_mod.")  # which data parallelism and torch.compile put before the names of tensors
 LISTED = 6  # tensors named in an error, of each kind
 DTYPES = {
     "F64": torch.float64,
@@ -307,7 +308,7 @@ def load_strictly(
     """
     fault = misfit(model, tensors, optional=optional)
     if fault:
-        raise WeightsError(f"{source} does not fit the model ({fault}); check the architecture and its arguments")
+        raise WeightsError(f"{source} does not fit the model ({fault}); {_cure(tensors)}")
     wanted = model.state_dict()
     fitted = {
         key: (tensor := tensors.pop(key)).to(
@@ -317,6 +318,14 @@ def load_strictly(
         for key in list(tensors)
     }
     model.load_state_dict(fitted, strict=False, assign=True)
+
+
+def _cure(tensors: Mapping[str, Tensor]) -> str:
+    for wrapper in WRAPPERS:
+        if tensors and all(key.startswith(wrapper) for key in tensors):
+            inside = wrapper.rstrip(".")
+            return f"its names start with {wrapper!r}, as of a wrapped model: save model.{inside}.state_dict()"
+    return "check the architecture and its arguments"
 
 
 def _listed(names: list[str]) -> str:

@@ -386,6 +386,14 @@ def test_what_does_not_fit_is_listed(change, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, partial(torch.compile, backend="eager")])
+def test_a_file_of_a_wrapped_model_is_told_so(wrap, tmp_path):
+    model = wrap(tiny_model())
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=r"as of a wrapped model: save model\.(module|_orig_mod)\.state_dict\(\)"):
+        medmim.create_model("vit_t_mae3d", checkpoint_path=tmp_path / "x.safetensors", **TINY["vit"])
+
+
 @pytest.mark.parametrize(
     "args", [{"depth": 3}, {"embed_dim": 24}, {"class_token": True}, {"init_values": 0.1}, {"pos_embed": "learned"}]
 )
