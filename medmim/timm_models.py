@@ -56,9 +56,13 @@ def _entry_point(architecture: str) -> Callable[..., nn.Module]:
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> nn.Module:
-        # timm gives the tag that was asked for as `pretrained_cfg`, whether it exists or not.
+        # timm gives the tag that was asked for as `pretrained_cfg`, whether it exists or not; for "local-dir:" and
+        # "hf-hub:" what it understands of the config, not where that was.
         if pretrained_cfg_overlay or not isinstance(pretrained_cfg, str | None):
-            raise SpecError(f"{architecture}: weights are chosen by their tag; give no pretrained_cfg of your own")
+            raise SpecError(
+                f"{architecture}: weights are chosen by their tag, so give no pretrained_cfg; those of a folder or a "
+                "repository are loaded by medmim.create_model"
+            )
         name = f"{architecture}.{pretrained_cfg}" if pretrained_cfg else architecture
         return create_model(name, pretrained, **kwargs)
 

@@ -48,7 +48,7 @@ def test_weights_come_by_tag_and_by_default(name):
     assert torch.equal(model.norm.weight, expected.norm.weight)
 
 
-def test_errors_are_those_of_medmim():
+def test_errors_are_those_of_medmim(tiny_folder):
     with pytest.raises(UnknownModelError, match="no weights tagged 'nothing'"):
         timm.create_model("vit_t_mae3d.nothing")
     with pytest.raises(WeightsError, match="has no weights yet"):
@@ -58,6 +58,8 @@ def test_errors_are_those_of_medmim():
     for mine in ({"pretrained_cfg": {"url": "x"}}, {"pretrained_cfg_overlay": {"file": "x"}}):
         with pytest.raises(SpecError, match="chosen by their tag"):
             timm.create_model("vit_t_mae3d", **mine)
+    with pytest.raises(SpecError, match=r"those of a folder or a repository are loaded by medmim\.create_model"):
+        timm.create_model(f"local-dir:{tiny_folder[0]}", pretrained=True)
 
 
 def test_models_registered_later_follow(registry, tiny_weights, monkeypatch):
