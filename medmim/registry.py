@@ -202,7 +202,7 @@ def register_model(
     adapt: Callable[..., Mapping[str, Any]] | None = None,
     args: Mapping[str, Any] | None = None,
     description: str = "",
-    tags: Sequence[str] = (),
+    tags: str | Sequence[str] = (),
     weights: Sequence[WeightsSpec | Mapping[str, Any]] = (),
 ) -> None:
     """Adds a model from outside this repository: a variant of a known family, or a class of your own.
@@ -218,7 +218,7 @@ def register_model(
         weights: Sets of weights, the default one first.
 
     Raises:
-        SpecError: For a name that is taken or impossible, or weights records that are.
+        SpecError: For a name that is taken or impossible, or weights records that are, and for args that have no names.
         UnknownModelError: For an unknown family without `cls`.
     """
     from medmim.spec import WeightsSpec
@@ -234,17 +234,19 @@ def register_model(
         find_family(family, needed_by=name)
     elif (family or name) in {*_catalog()[0], *_registered_families}:
         raise SpecError(f"a model family {family or name!r} exists already; choose another name")
-    source = f"register_model({name!r})"
+    source, words = f"register_model({name!r})", tuple(_several(tags))
     records = [data if isinstance(data, WeightsSpec) else WeightsSpec.parse(data, source=source) for data in weights]
     if len({record.tag for record in records}) < len(records):
         raise SpecError(f"{source}: two sets of weights have the same tag")
+    if not isinstance(args or {}, Mapping):
+        raise SpecError(f"{source}: args must be arguments by name, not {args!r}")
     if cls is not None:
         _registered_families[family or name] = Family(cls, adapt)
     _registered_models[name] = _Entry(
         family=family or name,
         description=description,
         args=as_arguments(args or {}),
-        tags=tuple(tags),
+        tags=words,
         weights={record.tag: record.to_data() for record in records},
     )
 

@@ -255,6 +255,8 @@ def test_a_wrong_name_gets_the_right_ones(filled, name, message):
         ("New", {"cls": Outside}, "cannot name a model"),
         ("a.b", {"cls": Outside}, "cannot name a model"),
         ("new", {"cls": Outside, "family": "a:b"}, "cannot name a family"),
+        ("new", {"cls": Outside, "args": [9]}, "register_model('new'): args must be arguments by name, not [9]"),
+        ("new", {"cls": Outside, "tags": 3}, "filters and tags are texts"),
         ("new", {"cls": Outside, "weights": [WEIGHTS, WEIGHTS]}, "same tag"),
         ("new", {"cls": Outside, "weights": [{**WEIGHTS, "license": None}]}, "register_model('new'): license"),
     ],
@@ -276,6 +278,7 @@ def test_an_unknown_family_names_the_known_ones(filled):
 
 
 def test_a_family_is_named_after_its_first_model(registry):
-    medmim.register_model("alone", cls=Outside)
+    medmim.register_model("alone", cls=Outside, tags="cnn")  # one tag, not three letters
+    assert medmim.list_models(tags="cnn") == ["alone"]
     assert medmim.model_info("alone").family == "alone"
     assert registry.find_family("alone", needed_by="x").cls is Outside
