@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from timm.optim import param_groups_layer_decay
@@ -107,8 +108,9 @@ def test_intermediates_have_the_channels_and_strides_they_say(model, x):
         )
         assert torch.equal(tokens, y.flatten(2).mT)
         assert prefix.shape == (2, model.num_prefix_tokens, info["num_chs"])
-    last_two = model.forward_intermediates(x, 2, intermediates_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(last_two, maps[-2:], strict=True))
+    for two in (2, np.int64(2)):
+        last_two = model.forward_intermediates(x, two, intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(last_two, maps[-2:], strict=True))
     normed = model.forward_intermediates(x, [-1], norm=True, intermediates_only=True)[0]
     pooled = model.forward_head(model.forward_features(x), pre_logits=True)
     if getattr(model, "global_pool", "avg") == "avg":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 from torch import Tensor
@@ -23,8 +24,8 @@ def chosen_indices(indices: int | Sequence[int] | None, number: int, *, what: st
     """
     if indices is None:
         return list(range(number))
-    if isinstance(indices, int):
-        indices = range(-indices, 0)
+    if isinstance(indices, Integral):
+        indices = range(-int(indices), 0)
     chosen = [i + number if i < 0 else i for i in indices]
     if not chosen or any(not 0 <= i < number for i in chosen):
         raise ValueError(f"indices {list(indices)} do not name {what} of a model with {number}")
