@@ -19,7 +19,7 @@ from torch import nn
 
 from medmim import __version__, hub, registry
 from medmim.arguments import defaults_of
-from medmim.cards import NOTICE
+from medmim.cards.sections import NOTICE
 from medmim.errors import MedmimError, SpecError, WeightsError
 from medmim.files import atomic_write, check_writable, to_path, write_text
 from medmim.heads.segmenter import Segmenter

@@ -229,7 +229,8 @@ def _require_record(spec: ModelSpec, name: str) -> None:
 
 
 def _card(spec: ModelSpec, files: Mapping[str, Content]) -> bytes:
-    from medmim.cards import DATA_FILE, PICTURE_FILE, render_card
+    from medmim.cards import render_card
+    from medmim.cards.encoder import DATA_FILE, PICTURE_FILE
 
     try:
         picture = PICTURE_FILE if PICTURE_FILE in files else None

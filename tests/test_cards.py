@@ -14,7 +14,10 @@ from huggingface_hub import ModelCard
 import medmim
 from fakes import RECORD, TINY, save_tiny, tiny_model
 from medmim import cli, hub
-from medmim.cards import METHODS, PICTURE_FILE, card_scan, check_cards, render_card, write_cards
+from medmim.cards import render_card
+from medmim.cards.catalog import check_cards, write_cards
+from medmim.cards.encoder import PICTURE_FILE, card_scan
+from medmim.cards.sections import METHODS
 from medmim.errors import SpecError
 from medmim_training.methods import METHODS as TRAINED
 from synthetic import write_scan

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import medmim
 from medmim import hub
-from medmim.cards import PICTURE_FILE
+from medmim.cards.encoder import PICTURE_FILE
 from medmim.factory import create_decoder
 from medmim.golden import golden_outputs
 from medmim.hub import Folder, read_model

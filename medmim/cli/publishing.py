@@ -21,7 +21,7 @@ def cards(
 
     Example: `medmim cards --check`
     """
-    from medmim.cards import check_cards, write_cards
+    from medmim.cards.catalog import check_cards, write_cards
 
     if not check:
         for path in write_cards(folder):

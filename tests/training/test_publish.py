@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import medmim
 from fakes import RECORD, tiny_model
-from medmim.cards import PICTURE_FILE, render_card
+from medmim.cards import render_card
+from medmim.cards.encoder import PICTURE_FILE
 from medmim.errors import SpecError
 from medmim.factory import create_decoder
 from medmim.golden import golden_outputs

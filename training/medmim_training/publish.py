@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from medmim import hub
-from medmim.cards import DATA_FILE, PICTURE_FILE, card_scan, render_card
+from medmim.cards import render_card
+from medmim.cards.encoder import DATA_FILE, PICTURE_FILE, card_scan
 from medmim.errors import SpecError, WeightsError
 from medmim.factory import create_decoder, from_pretrained
 from medmim.files import atomic_write, check_writable, write_csv, write_text
