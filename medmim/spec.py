@@ -150,6 +150,7 @@ class TrainingRecord(Record):
     """What a pretraining run was and what it cost; copied from the run's own record.
 
     Attributes:
+        crops: Samples seen; one of SimCLR is a pair of overlapping crops.
         data: What it was trained on; a run `before` another that is written without has that of the later one.
         before: The record of the weights that it started from; None when it started anew.
         widened: Whether those are of a narrower network, whose channels were copied.

@@ -103,6 +103,8 @@ def _training(weights: WeightsSpec) -> str:
     for number, run in enumerate(runs[1:], 2):
         if run.widened:
             remarks.append(f"The network of run {number} is wider: channels of the one above it were copied.")
+    if any(run.method == "simclr" for run in runs):
+        remarks.append("What counts as one crop for SimCLR is a pair of overlapping ones.")
     if sum(run.wall_hours for run in runs) < DEMONSTRATION_HOURS:
         remarks.append("This is demonstration scale.")
     remarks.append("The encoder is published" + (", and its decoder beside it." if weights.decoder else " alone."))
