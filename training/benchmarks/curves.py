@@ -34,6 +34,8 @@ def main(
         for run, recipe, crops, loss in found:
             if (recipe.method.name == "simclr") is contrastive:
                 axes.plot(crops, smooth(loss), label=f"{run.name} ({recipe.method.name})", linewidth=1)
+        axes.set_xscale("log")  # methods differ in how many crops they see in a time
+        axes.set_yscale("linear" if contrastive else "log")
         axes.set_xlabel("crops seen")
         axes.set_ylabel("NT-Xent" if contrastive else "loss on hidden voxels")
         axes.legend(frameon=False)

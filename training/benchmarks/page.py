@@ -23,6 +23,14 @@ turns, a ratio is that of two times of one round, and brackets hold quartiles ov
 GROWTH = """Steps of few tokens are slow because optimizer, clipping and casts ("weights") go through all weights,
 whatever the batch is; with more tokens that share falls, and the rate rises. Large crops leave the line again, as
 attention grows with the square of the tokens of a crop."""
+CURVES = """## curves.py: the loss of each method, from nothing, on the same scans
+
+![Loss over crops seen](curves.png)
+
+The training scans of `reproduce paper-small`, at 1 mm in crops of 48 x 64 x 48. `mae`, `simmim` and `simclr` are the
+runs of its table of methods from nothing, with more frequent reports; `mae_cnn` is `small/resenc_b_mae3d` with the
+volumes and crops of `small/hippocampus/vit_t_mae3d`, `method.args.unit=[8,8,8]` and `schedule.steps=100`. A point is
+the mean of ten reports, or of those so far; axes are logarithmic, but for the contrastive loss."""
 
 
 def main() -> None:
@@ -36,7 +44,7 @@ def page(folder: Path) -> str:
     for name, write in SECTIONS.items():
         record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         sections += [f"## {name}.py: {record['what']}", _machine(record), *write(record)]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join([*sections, CURVES]) + "\n"
 
 
 def _step(record: dict[str, Any]) -> Iterable[str]:
