@@ -35,6 +35,8 @@ def _processor_multiplies_bf16() -> bool:
     torch says yes for AVX-512 of any kind. That of Intel's servers before 2020 and some after has no bf16, and products
     in it were measured to take more than twice as long as in fp32 (torch 2.14, ONEDNN_MAX_CPU_ISA=AVX512_CORE).
     """
+    if not torch.backends.mkldnn.is_available():  # a torch that was built without it has none of its operators either
+        return False
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return (not is_x86 or torch.cpu._is_avx512_bf16_supported()) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
