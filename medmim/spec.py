@@ -151,6 +151,7 @@ class TrainingRecord(Record):
 
     Attributes:
         crops: Samples seen; one of SimCLR is a pair of overlapping crops.
+        cpu_hours: Of all its processes.
         data: What it was trained on; a run `before` another that is written without has that of the later one.
         before: The record of the weights that it started from; None when it started anew.
         widened: Whether those are of a narrower network, whose channels were copied.

@@ -36,6 +36,12 @@ def terminated(self, batch):
 _Run._forward = terminated
 """
 
+AN_HOUR_EACH = """
+from medmim_training.record import Clock
+
+Clock.read = lambda self: {"wall": 3600.0, "cpu": 3600.0}
+"""
+
 
 def command(recipe: Recipe, store, folder: Path, *options: str, processes: int = 1) -> list[str]:
     path = folder.with_suffix(".yaml")
@@ -96,7 +102,9 @@ def test_two_processes_train_as_one(recipe, store, tmp_path, method):
     recipe = Recipe.model_validate({**recipe.model_dump(), **settings})
     one = pretrain(recipe, store, tmp_path / "one").state_dict()
     two = tmp_path / "two"
-    subprocess.run(command(recipe, store, two, processes=2), env=environment(), check=True, capture_output=True)
+    launch = command(recipe, store, two, processes=2)
+    two.with_suffix(".py").write_text(AN_HOUR_EACH + TRAIN)
+    subprocess.run(launch, env=environment(), check=True, capture_output=True)
     for name, tensor in weights(two).items():
         torch.testing.assert_close(tensor, one[name], rtol=0, atol=2e-4)
     curves = [
@@ -104,6 +112,9 @@ def test_two_processes_train_as_one(recipe, store, tmp_path, method):
         for run in ("one", "two")
     ]
     torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-4, atol=0)
+    record = json.loads((two / "record.json").read_text())
+    assert (record["wall_hours"], record["cpu_hours"]) == (1.0, 2.0)
+    assert record["hardware"].startswith("2 x 1 of ")
 
 
 @pytest.mark.slow

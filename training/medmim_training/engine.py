@@ -117,7 +117,7 @@ class _Run:
 
         checkpoint = load_latest(folder / CHECKPOINTS) or {}
         self.start, self.best = checkpoint.get("step", 0), checkpoint.get("best", math.inf)
-        self.clock = Clock(checkpoint.get("spent"))
+        self.clock = Clock(checkpoint.get("spent") if self.writes else None)  # earlier sessions count once
         self.method = build_method(recipe)
         self._check_method()
         self.before = start_from_weights(self.method, recipe)
@@ -214,10 +214,17 @@ class _Run:
                 if step.stopped and not finished:
                     self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
                     raise Preempted(f"{self.folder}: stopped and saved at step {done}; the same command goes on")
+        spent = self._spent()
         if self.writes:
-            record = self.folder / RECORD_FILE
-            spent, loss = self.clock.read(), self.metrics.recent_loss()
-            write_record(record, self.recipe, self.store, spent, loss, before=self.before)
+            write_record(
+                self.folder / RECORD_FILE,
+                self.recipe,
+                self.store,
+                spent,
+                self.metrics.recent_loss(),
+                processes=self.accelerator.num_processes,
+                before=self.before,
+            )
         self.accelerator.end_training()
         return self.method if self.average is None else self.average.module
 
@@ -299,6 +306,12 @@ class _Run:
         spacing = volume.spacing or (1.0, 1.0, 1.0)
         reconstruction_picture(step.output.picture(), path, spacing=spacing, orientation=volume.orientation)
 
+    def _spent(self) -> dict[str, float]:
+        """Seconds of the run so far, those of the CPU over all processes. All must call this."""
+        spent = self.clock.read()
+        cpu = torch.tensor(spent["cpu"], dtype=torch.float64, device=self.accelerator.device)
+        return spent | {"cpu": self.accelerator.reduce(cpu, "sum").item()}
+
     def _save(self, done: int) -> None:
         state = {
             "step": done,
@@ -307,10 +320,10 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
-        state = whole(state)
+        state, spent = whole(state), self._spent()
         if not self.writes:
             return
         recent = self.metrics.recent_loss()
         is_best, self.best = recent <= self.best, min(recent, self.best)
-        state |= {"best": self.best, "spent": self.clock.read()}
+        state |= {"best": self.best, "spent": spent}
         save_checkpoint(self.folder / CHECKPOINTS, done, state, keep=self.recipe.output.keep, best=is_best)

@@ -32,7 +32,8 @@ class Report:
         crops_per_second: Since the last report.
         waiting: Share of that time spent waiting for crops.
         wall_seconds: Of the run so far, over all its sessions.
-        cpu_seconds: Likewise; processes that read crops are counted when they have ended.
+        cpu_seconds: Likewise; processes that read crops are counted when they have ended, and of several that train
+            this session's first one alone.
     """
 
     step: int
@@ -165,6 +166,7 @@ def write_record(
     spent: dict[str, float],
     loss: float,
     *,
+    processes: int,
     before: TrainingRecord | None = None,
 ) -> None:
     """Writes the `TrainingRecord` of a finished run, from which its card is made.
@@ -175,6 +177,7 @@ def write_record(
         store: Where its crops came from.
         spent: Seconds, see `Clock.read`.
         loss: At the end.
+        processes: That trained.
         before: Record of the weights that it started from.
     """
     groups = Counter((entry.group, entry.modality, entry.license) for entry in store.entries)
@@ -186,7 +189,7 @@ def write_record(
         volumes=len(store.entries),
         wall_hours=round(spent["wall"] / 3600, 3),
         cpu_hours=round(spent["cpu"] / 3600, 3),
-        hardware=_hardware(),
+        hardware=_hardware(processes),
         final_loss=loss,
         date=date.today().isoformat(),
         data=tuple(
@@ -199,7 +202,8 @@ def write_record(
     write_text(path, json.dumps(record.to_data(), indent=1) + "\n")
 
 
-def _hardware() -> str:
+def _hardware(processes: int) -> str:
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    times = f"{processes} x " if processes > 1 else ""
+    return f"{times}{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"
