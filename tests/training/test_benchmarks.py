@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from torch.autograd import DeviceType
 
 FOLDER = Path(__file__).parents[2] / "training" / "benchmarks"
 
@@ -48,6 +50,23 @@ def test_a_step(tmp_path):
     weights = result["million_weights"]
     assert weights["timm"] == weights["medmim"]
     assert weights["monai"] == pytest.approx(weights["medmim"], rel=0.02)  # it has a class token
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_kernel_counts_once_with_its_operator(on_gpu):
+    from step import shares
+
+    def event(key, device, cpu, gpu):
+        return SimpleNamespace(key=key, device_type=device, self_cpu_time_total=cpu, self_device_time_total=gpu)
+
+    events = [
+        event("aten::addmm", DeviceType.CPU, 30, 75),
+        event("aten::gelu", DeviceType.CPU, 70, 25),
+        event("sm90_gemm_bf16", DeviceType.CUDA, 0, 75),
+        event("vectorized_elementwise_kernel", DeviceType.CUDA, 0, 25),
+    ]
+    expected = {"matrix products": 0.75, "activation": 0.25} if on_gpu else {"activation": 0.7, "matrix products": 0.3}
+    assert shares(events, on_gpu=on_gpu) == expected
 
 
 def test_curves(finished, tmp_path):

@@ -31,13 +31,19 @@ def take_turns(candidates: Mapping[str, Callable[[], Any]], *, rounds: int, warm
     times: Times = {name: [] for name in candidates}
     for number in range(warmup + rounds):
         for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            seconds = seconds_of(run)
             if number >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return times
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """How long it takes, on the GPU too."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def spread(values: list[float]) -> dict[str, float]:

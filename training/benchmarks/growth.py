@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import typer
-from common import RESULTS, median, write_result
+from common import RESULTS, median, seconds_of, write_result
 from step import Network, breakdown, make_step, of_medmim
 
 from medmim_training.memory import keep_freed_memory
@@ -77,12 +77,10 @@ def _recipe(network: Network, precision: str, batch: int) -> Recipe:
 
 
 def _seconds_of(step: Callable[[], None]) -> float:
-    step()
+    seconds_of(step)
     times = []
     for _ in range(3):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
+        times.append(seconds_of(step))
         if sum(times) > 2:
             break
     return median(times)
