@@ -77,6 +77,16 @@ def test_curves(finished, tmp_path):
     np.testing.assert_allclose(curves.smooth(np.arange(30.0))[[0, 1, 29]], [0, 0.5, 24.5])
 
 
+def test_curves_of_a_run_that_was_killed(finished, tmp_path):
+    import curves
+
+    (tmp_path / "recipe.yaml").write_bytes((finished[1] / "recipe.yaml").read_bytes())
+    (tmp_path / "metrics.jsonl").write_bytes((finished[1] / "metrics.jsonl").read_bytes()[:-10])
+    _, crops, loss = curves.read_run(tmp_path)
+    assert crops.tolist() == [4 * step for step in range(1, 20)]
+    assert len(loss) == 19
+
+
 def test_the_page_is_that_of_the_records():
     import page
 

@@ -18,6 +18,7 @@ from medmim.errors import SpecError
 from medmim.files import atomic_write
 from medmim_training.engine import METRICS_FILE, RECIPE_FILE
 from medmim_training.recipe import Recipe, load_recipe
+from medmim_training.record import logged_lines
 
 SMOOTHED = 10  # reports that a point is the mean of
 
@@ -53,7 +54,7 @@ def read_run(run: Path) -> tuple[Recipe, np.ndarray, np.ndarray]:
     if not (run / METRICS_FILE).is_file():
         raise SpecError(f"{run}: no run ({METRICS_FILE} is missing)")
     recipe = load_recipe(str(run / RECIPE_FILE))
-    reports = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    reports = [json.loads(line) for line in logged_lines(run / METRICS_FILE)]
     crops = np.array([report["step"] * recipe.batch_size for report in reports])
     return recipe, crops, np.array([report["loss"] for report in reports])
 

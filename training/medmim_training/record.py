@@ -121,6 +121,11 @@ class Meter:
         return report
 
 
+def logged_lines(path: Path) -> list[str]:
+    """The lines of a `metrics.jsonl` without the last one where a killed run cut it short; none where it is missing."""
+    return [line for line in read_text(path, LIST_BYTES).splitlines() if line.endswith("}")] if path.is_file() else []
+
+
 class _Logged(Record):
     """What a resumed run needs of a line of `metrics.jsonl`."""
 
@@ -138,11 +143,9 @@ class MetricsLog:
 
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
-        lines = read_text(path, LIST_BYTES).splitlines() if path.is_file() else []
         read = [
             (line, _Logged.parse(parse_json(line, source=f"{path}:{number}"), source=f"{path}:{number}"))
-            for number, line in enumerate(lines, start=1)
-            if line.endswith("}")  # the last one may be cut short
+            for number, line in enumerate(logged_lines(path), start=1)
         ]
         kept = [line for line, logged in read if logged.step <= start]
         self.losses = [logged.loss for _, logged in read if logged.step <= start]

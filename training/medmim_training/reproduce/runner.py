@@ -25,14 +25,14 @@ import torch
 from medmim.errors import MedmimError, SpecError
 from medmim.files import write_text
 from medmim.hub import CONFIG
-from medmim.limits import CONFIG_BYTES, LIST_BYTES, read_json, read_text
+from medmim.limits import CONFIG_BYTES, LIST_BYTES, read_json
 from medmim.saving import save_pretrained
 from medmim.spec import Modality, VolumeSpec
 from medmim_training.checkpoint import CheckpointError
 from medmim_training.engine import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, pretrain
 from medmim_training.preemption import Preempted, stop_requests
 from medmim_training.recipe import Recipe, load_recipe
-from medmim_training.record import Report
+from medmim_training.record import Report, logged_lines
 from medmim_training.reproduce.experiment import (
     ENCODER,
     FINETUNING,
@@ -309,8 +309,7 @@ def _sentence(error: Exception) -> str:
 
 def cpu_seconds(folder: Path) -> float | None:
     """What a run took so far, over all its sessions; None where its record is not kept."""
-    path = folder / METRICS_FILE
-    lines = [line for line in read_text(path, LIST_BYTES).splitlines() if line.endswith("}")] if path.is_file() else []
+    lines = logged_lines(folder / METRICS_FILE)
     return round(json.loads(lines[-1])["cpu_seconds"], 3) if lines else None
 
 
