@@ -245,6 +245,17 @@ def test_curves_for_tensorboard(recipe, store, tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
+def test_the_rate_that_is_reported_is_that_of_the_last_layer(finished, recipe, store, tmp_path):
+    optimizer = {**recipe.optimizer.model_dump(), "layer_decay": 0.5}
+    with pytest.raises(Interrupted):
+        pretrain(changed(recipe, optimizer=optimizer), store, tmp_path, watch=stop_at(2))
+    plain, by_layer = (
+        [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (finished[1], tmp_path)
+    )
+    assert by_layer == plain[:2]
+
+
 def test_an_optimizer_that_does_not_exist_is_named(recipe, store, tmp_path):
     optimizer = {**recipe.optimizer.model_dump(), "name": "adamx"}
     with pytest.raises(SpecError, match="adamx"):

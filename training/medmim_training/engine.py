@@ -293,7 +293,8 @@ class _Run:
         return batches(dataset, order, size=self.part_size, workers=self.recipe.data.workers, device=device)
 
     def _report(self, step: _Step, done: int) -> Report:
-        report = self.meter.report(done, step.loss, self.optimizer.param_groups[0]["lr"], step.grad_norm)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        report = self.meter.report(done, step.loss, lr, step.grad_norm)
         self.metrics.write(report)
         logs = {name: float(value) for name, value in step.output.logs.items()}
         self.accelerator.log({"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **logs}, step=done)

@@ -29,6 +29,7 @@ class Report:
 
     Attributes:
         step: Steps done, of `steps`.
+        lr: Of the part that learns fastest, where parts have rates of their own.
         crops_per_second: Since the last report.
         waiting: Share of that time spent waiting for crops.
         wall_seconds: Of the run so far, over all its sessions.
