@@ -87,7 +87,9 @@ def test_what_a_finished_run_leaves(finished, recipe, store):
         "step-00000020.pt",
     ]
     assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["step-00000010.png", "step-00000020.png"]
+    written = (folder / "record.json").stat().st_mtime_ns
     assert pretrain(recipe, store, folder).encoder is not None  # nothing left to do, and nothing done again
+    assert (folder / "record.json").stat().st_mtime_ns == written
     assert len(losses(folder)) == 20
 
 

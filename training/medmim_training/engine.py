@@ -214,10 +214,10 @@ class _Run:
                 if step.stopped and not finished:
                     self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
                     raise Preempted(f"{self.folder}: stopped and saved at step {done}; the same command goes on")
-        spent = self._spent()
-        if self.writes:
+        spent, record = self._spent(), self.folder / RECORD_FILE
+        if self.writes and not (self.start == steps and record.is_file()):  # of a finished run, it stays as it is
             write_record(
-                self.folder / RECORD_FILE,
+                record,
                 self.recipe,
                 self.store,
                 spent,
