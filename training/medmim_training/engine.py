@@ -17,6 +17,7 @@ from threading import Event
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -310,8 +311,7 @@ class _Run:
     def _spent(self) -> dict[str, float]:
         """Seconds of the run so far, those of the CPU over all processes. All must call this."""
         spent = self.clock.read()
-        cpu = torch.tensor(spent["cpu"], dtype=torch.float64, device=self.accelerator.device)
-        return spent | {"cpu": self.accelerator.reduce(cpu, "sum").item()}
+        return spent | {"cpu": sum(gather_object([spent["cpu"]]))}
 
     def _save(self, done: int) -> None:
         state = {
