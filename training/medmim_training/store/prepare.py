@@ -16,7 +16,7 @@ import torch
 
 from medmim.dicom import dicom_files
 from medmim.errors import MedmimError, ScanError, SpecError
-from medmim.files import sha256_of
+from medmim.files import sha256_of, write_text
 from medmim.intensity import IntensityMap, background_level, intensity_map
 from medmim.spec import VolumeSpec
 from medmim.transforms import guess_modality, to_grid
@@ -90,7 +90,7 @@ def prepare(
                 problems.append({"source": source.name, "problem": outcome})
                 refused += 1
             report(source.name, outcome if isinstance(outcome, str) else None)
-    (folder / PROBLEMS_FILE).write_text("".join(json.dumps(problem) + "\n" for problem in problems), encoding="utf-8")
+    write_text(folder / PROBLEMS_FILE, "".join(json.dumps(problem) + "\n" for problem in problems))
     return added, refused
 
 
