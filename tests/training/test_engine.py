@@ -69,7 +69,6 @@ def test_a_killed_run_resumes_bit_for_bit(finished, recipe, store, tmp_path, ste
     assert losses(tmp_path) == losses(finished[1])
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there is one core
 def test_workers_do_not_change_the_result(finished, recipe, store, tmp_path):
     other = changed(recipe, data={**recipe.data.model_dump(), "workers": 2})
     trained = pretrain(other, store, tmp_path).state_dict()

@@ -91,7 +91,7 @@ class FineTuneRecipe(RunRecipe):
 
     of_tasks: ClassVar[bool] = True
     # Validation is at each checkpoint, so how often that is decides which model is the best.
-    free: ClassVar[tuple[str, ...]] = "crops.workers", "output.log_every", "output.pictures_every", "output.keep"
+    free: ClassVar[tuple[str, ...]] = "crops.workers", "output.log_every", "output.keep"
 
     task: Literal["segmentation", "classification"]
     data: str
