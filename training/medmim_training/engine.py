@@ -2,7 +2,8 @@
 
 Everything random about sample i, its crop and what is hidden of it, is seeded by (seed, i); so a run resumed from a
 checkpoint gives bit for bit the weights of one that was never stopped (on as many threads, since sums are split over
-them), with no random state to save, and a batch split over ranks or accumulated in parts is the batch of one process.
+them), with no random state to save, and a batch split over ranks or accumulated in parts is the batch of one process,
+but for dropped paths, which are drawn for a part.
 """
 
 from __future__ import annotations

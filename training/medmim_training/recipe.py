@@ -21,7 +21,7 @@ from medmim_training.precision import Precision
 RECIPE_BYTES = 100_000  # ours have two thousand; PyYAML needs seconds for more
 OF_TASKS = frozenset({"task", "decoder", "crops", "labels", "frozen", "head_warmup"})  # keys of no pretraining
 Positive = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # torch takes 64 bits, of which the number of a sample needs some
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # of larger ones, torch's generator on a CPU drops the rest
 
 
 class Section(BaseModel):
@@ -169,7 +169,8 @@ class Recipe(RunRecipe):
 
     Attributes:
         batch_size: Samples of an optimizer step, over all processes.
-        accumulate: Parts that a step's batch is computed in, one after the other; changes memory, not the result.
+        accumulate: Parts that a step's batch is computed in, one after the other; changes memory, not the result, but
+            for which paths are dropped where an encoder drops some (`drop_path_rate`).
         ema: Decay of an exponential moving average of the weights, which is then what gets published; None for none.
         precision: Of the arithmetic, under autocast; weights are float32. "auto" is bf16 where the hardware has it.
         compile: Compiles the parts that the encoder repeats, its blocks; worth its minutes on a GPU.
