@@ -116,15 +116,15 @@ def test_the_figures_are_those_of_the_weights_record():
     rows = {
         cells[0].split("`")[1]: [cell.strip() for cell in cells[1:]]
         for cells in (line.strip("|").split("|") for line in README.splitlines())
-        if len(cells) == 6 and "`" in cells[0] and "mae3d" not in cells[0]
+        if len(cells) == 7 and "`" in cells[0] and "mae3d" not in cells[0]
     }
-    for column, name in ((1, "vit_t_mae3d.open_mix"), (2, "vit_b_mae3d.open_mix")):
-        (weights,) = medmim.model_info(name).weights
+    for column, name in enumerate(("vit_t_mae3d", "vit_t_simmim3d", "vit_b_mae3d"), start=1):
+        (weights,) = medmim.model_info(f"{name}.open_mix").weights
         assert rows.keys() == {evidence.dataset for evidence in weights.evidence}
         for evidence in weights.evidence:
             row = rows[evidence.dataset]
             fills = evidence.baselines["nearest visible"], evidence.baselines["mean fill"]
-            assert [row[0], row[column], *row[3:]] == [
+            assert [row[0], row[column], *row[4:]] == [
                 str(evidence.cases),
                 *(f"{figure:.3f}" for figure in (evidence.value, *fills)),
             ]
