@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +35,7 @@ class HubAccess:
         if self.endpoint:
             _split_login(self.endpoint)
         if isinstance(self.cache_dir, str | Path):  # the client does so when it downloads, not when it looks
-            object.__setattr__(self, "cache_dir", os.path.abspath(os.path.expanduser(self.cache_dir)))
+            object.__setattr__(self, "cache_dir", Path(self.cache_dir).expanduser().absolute())
 
     def __getstate__(self) -> dict[str, Any]:
         # A model keeps where its decoder is; a file that it is pickled to must not have a secret.
