@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from medmim.layers.tokens import Size
+from medmim.layers.transformer import Attention
 
 APART = -100.0  # added to the attention between tokens that only the shift brought together
 
@@ -107,16 +108,11 @@ class Windows(nn.Module):
         return x[:, :d, :h, :w]
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(Attention):
     """Self-attention within windows (M, B, n, C), with a learned bias for each offset, by torch's fused kernels."""
 
     def __init__(self, dim: int, num_heads: int, *, window_size: Size, qkv_bias: bool) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"{dim} channels do not divide into {num_heads} heads")
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(offsets(window_size)), num_heads))
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
