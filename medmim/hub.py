@@ -5,7 +5,7 @@ disk or a repository of the Hugging Face Hub; for weights of the catalog the ord
 ships with the source, then the Hub's cache, then the Hub. `MEDMIM_HUB` replaces the Hub's namespace by another one
 ("hospital"), or the Hub by a local folder ("/data/hub", "./hub"), see `medmim.localhub`.
 
-Every file with a known sha256 is hashed: files on this disk at each load, those of a repository once (`medmim.remote`).
+Every file with a known sha256 is hashed, once for as long as it stays as it was then (`medmim.verified`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from pathlib import Path
 
 from medmim.access import HubAccess
 from medmim.errors import SpecError, WeightsError
-from medmim.files import fault_of, sha256_of, write_text
+from medmim.files import sha256_of, write_text
 from medmim.limits import CONFIG_BYTES, read_json
 from medmim.localhub import REPOSITORY, LocalHub, Version
 from medmim.registry import PACKAGED
 from medmim.remote import COMMIT, Repository
 from medmim.spec import INSIDE, FileSpec, ModelSpec, WeightsSpec
+from medmim.verified import fault_unless_noted, note_of
 
 CONFIG, ENCODER, GOLDEN = "config.json", "model.safetensors", "golden.safetensors"
 NAMESPACE = "medmim"  # on the Hub, of weights of the catalog that name no repository
@@ -83,7 +84,7 @@ class Folder:
         path = self.find(file.name)
         if path is None:
             raise WeightsError(f"{self.path}: {file.name} is missing; copy or save the model again")
-        fault = fault_of(path, sha256=file.sha256, size=file.size)
+        fault = fault_unless_noted(path, note_of(path, file.sha256), sha256=file.sha256, size=file.size)
         if fault:
             raise WeightsError(f"{path}: damaged ({fault}); copy or save the model again")
         return path

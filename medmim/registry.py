@@ -153,7 +153,7 @@ def model_info(name: str) -> ModelInfo:
         SpecError: For a weights record that says something impossible.
     """
     if not isinstance(name, str):
-        raise UnknownModelError(f"{name!r} is no name of a model; {ALL_MODELS}")
+        raise UnknownModelError(f"a name of a model is text, not of type {type(name).__name__}; {ALL_MODELS}")
     architecture, separator, tag = name.partition(".")
     entry = _models().get(architecture)
     if entry is None:

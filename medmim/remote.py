@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from medmim import transport
 from medmim.access import HubAccess
 from medmim.errors import WeightsError
-from medmim.files import atomic_write, fault_of
 from medmim.spec import FileSpec
 from medmim.transport import COMMIT
+from medmim.verified import fault_unless_noted
 
 __all__ = ["COMMIT", "Repository"]
 
@@ -76,11 +76,8 @@ class Repository:
         return path
 
     def _check(self, path: Path, name: str, sha256: str, size: int | None) -> Path:
-        if self._is_remembered(path, name, sha256):
-            return path
-        path = self._replace_damaged(path, name, lambda path: fault_of(path, sha256=sha256, size=size))
-        self._remember(path, name, sha256)
-        return path
+        note = self._notes(path, name) / sha256
+        return self._replace_damaged(path, name, lambda path: fault_unless_noted(path, note, sha256=sha256, size=size))
 
     def _replace_damaged(self, path: Path, name: str, find_fault: Callable[[Path], str | None]) -> Path:
         fault = _fault_now(find_fault, path)
@@ -101,23 +98,10 @@ class Repository:
             )
         return path
 
-    # What is known of the files is kept in a folder of ours beside the repository's blobs, so that it goes when they
-    # go: a file named by each digest that was found right, which holds for the size and time that the blob had then.
-
     def _notes(self, path: Path, name: str) -> Path:
+        """Where notes of the files that were found right are: beside the repository's blobs, to go when they go."""
         # path is REPOSITORY/snapshots/COMMIT/NAME, and NAME may have folders.
         return path.parents[len(PurePosixPath(name).parts) + 1] / ".medmim-verified"
-
-    def _is_remembered(self, path: Path, name: str, sha256: str) -> bool:
-        try:
-            return (self._notes(path, name) / sha256).read_text() == _state_of(path)
-        except OSError:
-            return False
-
-    def _remember(self, path: Path, name: str, sha256: str) -> None:
-        # A read-only cache is hashed at each load instead.
-        with contextlib.suppress(OSError), atomic_write(self._notes(path, name) / sha256) as temporary:
-            temporary.write_text(_state_of(path))
 
     @contextlib.contextmanager
     def _alone(self, path: Path, name: str) -> Iterator[None]:
@@ -176,8 +160,3 @@ def _git_fault_of(path: Path, etag: str) -> str | None:
     if etag in (git.hexdigest(), plain.hexdigest()):
         return None
     return f"its digest in git is {git.hexdigest()}, expected {etag}"
-
-
-def _state_of(path: Path) -> str:
-    stat = path.stat()
-    return f"{stat.st_size} {stat.st_mtime_ns}"

@@ -26,7 +26,8 @@ def resolve(
     """
     if not isinstance(name, str):
         raise UnknownModelError(
-            f"{name!r} is no name of a model; from_pretrained(PATH) loads a folder, as does the name 'local-dir:PATH'"
+            f"a name of a model is text, not of type {type(name).__name__}; from_pretrained(PATH) loads a folder, as "
+            "does the name 'local-dir:PATH'"
         )
     kind, separator, rest = name.partition(":")
     if separator and kind == "local-dir":

@@ -26,6 +26,13 @@ TINY = {
     },
 }
 
+# Segmentation decoders that a family's encoders fit.
+FITTING = {
+    "vit": ("unetr", "light", "linear"),
+    "resenc": ("unet", "light", "linear"),
+    "swin": ("unet", "light", "linear"),
+}
+
 RECORD = {
     "tag": "fake",
     "license": "CC-BY-4.0",

@@ -191,7 +191,8 @@ def test_without_pretrained_a_folder_gives_the_architecture_alone(tiny_folder):
         ("hf-hub:../../etc", WeightsError, "'../../etc' is not the name of a repository"),
         ("local-dir:nowhere", WeightsError, "nowhere: there is no such folder"),
         (Path("folder"), UnknownModelError, "from_pretrained(PATH) loads a folder, as does the name 'local-dir:PATH'"),
-        (None, UnknownModelError, "None is no name of a model"),
+        (None, UnknownModelError, "a name of a model is text, not of type NoneType"),
+        (torch.nn.Linear(1, 1), UnknownModelError, "not of type Linear; from_pretrained(PATH) loads a folder"),
         ("vit_t_mae3d.nothing", UnknownModelError, "no weights tagged 'nothing'"),
     ],
 )

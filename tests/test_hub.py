@@ -22,7 +22,7 @@ from huggingface_hub import scan_cache_dir
 import medmim
 from fakes import RECORD, tiny_model
 from hubdouble import HubDouble
-from medmim import files, hub, remote, transport
+from medmim import files, hub, transport, verified
 from medmim.errors import SpecError, UnknownModelError, WeightsError
 from medmim.publish import push_to_hub
 from medmim.spec import FileSpec
@@ -273,6 +273,7 @@ def test_a_byte_that_stays_flipped_is_an_error(double, access, tiny_folder):
 def test_a_blob_is_hashed_once(access, double, monkeypatch):
     hashed = []
     sha256 = files.sha256_of
+    monkeypatch.setattr(verified, "WORTH_NOTING", 0)
     monkeypatch.setattr(files, "sha256_of", lambda path: hashed.append(path.name) or sha256(path))
     medmim.from_pretrained(REPO, **access)
     medmim.from_pretrained(REPO, **access)
@@ -318,7 +319,8 @@ def test_a_read_only_cache_is_hashed_each_time(access, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(remote, "atomic_write", refuse)
+    monkeypatch.setattr(verified, "WORTH_NOTING", 0)
+    monkeypatch.setattr(verified, "atomic_write", refuse)
     medmim.from_pretrained(REPO, **access)
     assert not list(access["cache_dir"].glob("models--*/.medmim-verified/*"))
     damage(blob(access["cache_dir"], "model.safetensors"))

@@ -10,7 +10,7 @@ from monai.networks.nets import UNETR
 from timm.optim import param_groups_layer_decay
 
 import medmim
-from fakes import RECORD, TINY, save_tiny, tiny_model
+from fakes import FITTING, RECORD, TINY, save_tiny, tiny_model
 from medmim.errors import SpecError, UnknownModelError, WeightsError
 from medmim.golden import difference, golden_outputs
 from medmim.heads.segmenter import DECODERS, Segmenter
@@ -20,11 +20,6 @@ from medmim.spec import ModelSpec, VolumeSpec, ZScore
 from medmim.tasks import encoder_of
 from medmim.verify import GOLDEN, verify
 
-FITTING = {
-    "vit": ("unetr", "light", "linear"),
-    "resenc": ("unet", "light", "linear"),
-    "swin": ("unet", "light", "linear"),
-}
 THIN = {"unetr": {"feature_size": 2}, "light": {"width": 2}}
 CLASSES = ("background", "anterior", "posterior")
 PAIRS = [(name, decoder) for name in medmim.list_models() for decoder in FITTING[medmim.model_info(name).family]]
