@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 AIR = -300  # HU; below it lie air, lung and the outside of a patient, and nothing in MR or PET
 AIR_FRACTION = 0.01
 
+FACE = 1e-3  # of a voxel, which rounding in affines may put the face of the outermost one off
+
 SLAB_VOXELS = 8_000_000  # resampled at a time on the way back; a coordinate grid needs 12 bytes a voxel
 
 
@@ -282,7 +284,6 @@ def _resample_to(
     source: MetaTensor, affine: torch.Tensor, shape: Sequence[int], *, mode: Literal["nearest", "bilinear"]
 ) -> MetaTensor:
     """Resamples (C, D, H, W) to another grid, slab by slab to bound the memory; zero outside of the source."""
-    inside = MetaTensor(torch.ones(1, *source.shape[1:]), affine=source.affine)
     result = torch.zeros(len(source), *shape, dtype=source.dtype)
     thickness = max(1, SLAB_VOXELS // (shape[1] * shape[2]))
     for start in range(0, shape[0], thickness):
@@ -292,6 +293,20 @@ def _resample_to(
         grid = {"dst_affine": slab_affine, "spatial_size": slab.shape[1:]}
         # Half a voxel around the outermost centres belongs to the source too, hence "border" and a separate inside.
         values = SpatialResample(mode=mode, padding_mode="border", dtype=torch.float32)(source, **grid)
-        within = SpatialResample(mode="nearest", padding_mode="zeros", dtype=torch.float32)(inside, **grid)
-        slab.copy_((values * within).as_tensor())
+        slab.copy_(values.as_tensor() * _inside(source, slab_affine, slab.shape[1:]))
     return MetaTensor(result, affine=affine)
+
+
+def _inside(source: MetaTensor, affine: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Which voxels of a grid have their centre in a voxel of the source, or on its face: (D, H, W) boolean.
+
+    On the face lies a whole outermost slice where sizes and spacings are round: of 32 voxels of 1 mm on 16 of 2 mm.
+    """
+    to_source = torch.linalg.solve(source.affine, affine.to(source.affine))
+    indices = [torch.arange(side, dtype=to_source.dtype) for side in shape]
+    inside = torch.ones(*shape, dtype=torch.bool)
+    for side, (*steps, start) in zip(source.shape[1:], to_source[:3], strict=True):
+        along_d, along_h, along_w = (step * index for step, index in zip(steps, indices, strict=True))
+        place = along_d[:, None, None] + along_h[:, None] + (along_w + start)
+        inside &= (place > -0.5 - FACE) & (place < side - 0.5 + FACE)
+    return inside

@@ -317,6 +317,18 @@ def test_inverse_in_slabs_is_the_inverse(monkeypatch):
     torch.testing.assert_close(transform.inverse(x).as_tensor(), whole.as_tensor(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("size", [(32, 36, 40), (33, 35, 38)])
+def test_inverse_has_the_outermost_slices(axes, size):
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = AXES[axes], (-90.3, -126.1, -72.7)
+    volume = Volume(ramp(world(affine, size))[None], affine)
+    transform = VolumeTransform(volume_spec(spacing=(2, 2, 2)), (16, 16, 16), modality="CT", fit="pad")
+    x = transform(volume)
+    # Of 32 voxels of 1 mm, the last centre is half a voxel behind the last of 16 of 2 mm.
+    assert transform.inverse(torch.ones(x.shape), like=x, labels=True).all()
+
+
 def test_inverse_needs_the_geometry():
     transform = VolumeTransform(volume_spec(), (16, 24, 20), modality="CT")
     with pytest.raises(SpecError, match="needs like="):
