@@ -382,6 +382,7 @@ def _write_pixels(data: Dataset, file: Path) -> None:
     alone.update({data[keyword].tag: data[keyword] for keyword in PIXELS if keyword in data})
     alone.SOPClassUID = MultiFrameGrayscaleWordSecondaryCaptureImageStorage  # of which ITK takes the values as stored
     alone.SOPInstanceUID = generate_uid()
+    alone.PhotometricInterpretation = "MONOCHROME2"  # of MONOCHROME1, which says how to draw them, ITK turns them over
     alone.NumberOfFrames = len(frames)
     alone.PixelData = encapsulate(frames)
     alone["PixelData"].VR, alone["PixelData"].is_undefined_length = "OB", True

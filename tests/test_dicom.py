@@ -133,6 +133,17 @@ def test_dicom_compressed_slices_are_scaled_as_others(tmp_path):
     assert data.RescaleIntercept < 0
 
 
+def test_dicom_shown_white_at_its_lowest_has_the_same_values_compressed(tmp_path):
+    """MONOCHROME1 is how to draw values, not what they are."""
+    folder = write_dicom(tmp_path / "series", voxels(), rotated_affine())
+    for file in folder.iterdir():
+        data = pydicom.dcmread(file)
+        data.PhotometricInterpretation = "MONOCHROME1"
+        data.compress(pydicom.uid.RLELossless)
+        data.save_as(file)
+    np.testing.assert_array_equal(load_volume(folder).array[0], voxels())
+
+
 def with_element(folder: Path, length: int) -> Path:
     """A series in one file of which an element claims more bytes than there are."""
     sitk.WriteImage(sitk.Cast(itk_image(voxels(), rotated_affine()), sitk.sitkUInt16), str(folder / "frames.dcm"))
