@@ -297,6 +297,8 @@ FOUR = "case,fold,split\ncase_0,0,train\ncase_1,1,train\ncase_2,0,train\ncase_3,
         (FOUR.replace("case_1,1", "case_1,one"), "the fold of case_1 is 'one', not a number"),
         (FOUR.replace("case_1", ""), "row 2 has nothing in the column case"),
         (FOUR.replace("train", "tr\u00e4in").encode("latin-1"), "not readable as CSV in UTF-8"),
+        (FOUR.replace("fold,split", "number,set"), "has none of the columns fold, split, subject_group"),
+        (FOUR.replace("fold,split", "Split,split"), "two columns are called split; leave one"),
     ],
 )
 def test_a_split_that_is_not_clear_is_refused(data, tmp_path, text, message):
@@ -308,6 +310,16 @@ def test_a_split_that_is_not_clear_is_refused(data, tmp_path, text, message):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SpecError, match=rf"s\.csv: .*{message}"):
         with_splits(cases, None, path, source="x")
+
+
+def test_spaces_and_capitals_change_no_split(data, tmp_path):
+    rows = [f"case_{i}, {i % 2}, {'Test' if i == 7 else 'train'}, s{i % 7}{' ' * (i == 7)}" for i in range(8)]
+    (tmp_path / "s.csv").write_text("\n".join(["Case, Fold, Split, subject_group", *rows]) + "\n")
+    cases = find_cases(data, tmp_path / "s.csv")
+    assert [case.fold for case in cases][:7] == [0, 1, 0, 1, 0, 1, 0]
+    assert [case.is_test for case in cases] == [False] * 7 + [True]
+    with pytest.raises(SpecError, match="subject s0 is in more than one"):
+        split_cases(cases, 0, source="x")
 
 
 def test_two_cases_of_one_name_are_refused(data, tmp_path):

@@ -30,6 +30,7 @@ LABELS, SPLITS = "labelsTr", "subjects.csv"
 MEAN = "mean"  # in results, beside the names of the classes
 FOLDS = 5
 SPLIT_WORDS = {"": "train", "train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
+SPLIT_COLUMNS = ("fold", "split", "subject_group")
 TRAINS = -1  # in place of a fold, where the data says who validates: that of a case that never does
 
 
@@ -120,8 +121,8 @@ def with_splits(
         source: Of `rows`, for the error.
 
     Raises:
-        SpecError: For two cases of one name, and for a split file that leaves cases out, names one twice, or says what
-            has no meaning.
+        SpecError: For two cases of one name, and for a split file that leaves cases out, names one twice, says what has
+            no meaning, or says nothing.
     """
     twice = first_twice(case.name for case in cases)
     if twice:
@@ -131,6 +132,8 @@ def with_splits(
         twice = first_twice(row["case"] for row in table)
         if twice:
             raise SpecError(f"{splits}: has two rows for {twice}; leave one")
+        if table and table[0].keys().isdisjoint(SPLIT_COLUMNS):
+            raise SpecError(f"{splits}: has none of the columns {', '.join(SPLIT_COLUMNS)}; give one of them")
         rows = {row["case"]: row for row in table}
     if rows is None:
         return _draw_folds(cases)
@@ -248,19 +251,27 @@ def case_name(image: Path) -> str:
 
 
 def read_rows(path: Path, *, needed: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file.
+    """The rows of a CSV file, without spaces around cells; names of columns in lower case.
+
+    So that a column which a person wrote a little differently is not passed over.
 
     Raises:
-        SpecError: When it is missing or cannot be read, or a needed column is missing or empty somewhere.
+        SpecError: When it is missing or cannot be read, two columns have one name, or a needed column is missing or
+            empty somewhere.
     """
     if not path.is_file():
         raise SpecError(f"{path}: no such file")
-    columns, rows = read_csv(path)
-    missing = set(needed) - set(columns)
+    written, rows = read_csv(path)
+    names = {column: column.strip().lower() for column in written}
+    twice = first_twice(filter(None, (names[column] for column in written)))
+    if twice:
+        raise SpecError(f"{path}: two columns are called {twice}; leave one")
+    missing = set(needed) - set(names.values())
     if missing:
         raise SpecError(f"{path}: needs the column {', '.join(sorted(missing))}")
+    rows = [{name: row[column].strip() for column, name in names.items()} for row in rows]
     for number, row in enumerate(rows, start=1):
-        empty = next((column for column in needed if not row[column].strip()), None)
+        empty = next((column for column in needed if not row[column]), None)
         if empty:
             raise SpecError(f"{path}: row {number} has nothing in the column {empty}")
     return rows
@@ -278,7 +289,7 @@ def _side(case: Case, rows: dict[str, dict[str, str]], source: str) -> str:
         raise SpecError(f"{source}: says nothing of {case.name}; add a row, or take the case out of the data")
     word = row.get("split", "")
     try:
-        return SPLIT_WORDS[word.strip().lower()]
+        return SPLIT_WORDS[word.lower()]
     except KeyError:
         known = ", ".join(filter(None, SPLIT_WORDS))
         raise SpecError(f"{source}: the split of {case.name} is {word!r}, which is none of {known}") from None

@@ -45,7 +45,7 @@ def find_labelled(
         numbers = [case.label for case in cases]
     else:
         rows = read_rows(data, needed=("image", "label"))
-        numbers, classes = _numbered([row["label"].strip() for row in rows], tuple(classes))
+        numbers, classes = _numbered([row["label"] for row in rows], tuple(classes))
         images = [data.parent / row["image"] for row in rows]
         names = [row.get("case") or case_name(image) for row, image in zip(rows, images, strict=True)]
         cases = [Case(*each, group=each[0]) for each in zip(names, images, numbers, strict=True)]
