@@ -92,8 +92,8 @@ class OptimizerSection(Section):
         betas: For optimizers of the Adam kind.
         momentum: For those of the SGD kind, with Nesterov's look ahead for "sgd".
         clip_grad: Norm that gradients are scaled down to.
-        layer_decay: The rate of each block of the encoder is that of the block after it times this, its last block's
-            being the full one; None for one rate.
+        layer_decay: The rate of each block of the encoder is that of the block after it times this; the full one is
+            its last block's, or that of a classifier behind it. None for one rate.
         lr_scale: Rates of parts of the model as multiples of `lr`, besides `layer_decay`, such as {"decoder": 5};
             a part is the start of its parameters' names.
     """
