@@ -95,6 +95,15 @@ def dicom_files(folder: Path) -> list[Path]:
     return [path for path in _names_in(folder) if path.is_file() and _is_dicom(path)]
 
 
+def series_files(path: Path) -> list[Path]:
+    """The files of the series that a file is part of, in its folder.
+
+    Raises:
+        ScanError: When it is no DICOM file, or a damaged one may be of the series, too.
+    """
+    return list(_series_of(path))
+
+
 def _names_in(folder: Path) -> list[Path]:
     """What is in a folder, in the order of names; macOS puts files that start with a dot beside others."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))

@@ -34,8 +34,7 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     if not _is_text(path):  # SimpleITK would end the process
         raise ScanError(f"{path}: its path is not text in UTF-8, as ITK needs it; rename it")
-    format_name = "NRRD" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImage"
-    header = _header(path)
+    format_name, header = _format_of(path), _header(path)
     data = _data_file(path, header, format_name)
     with _itk(path, format_name):
         reader = sitk.ImageFileReader()
@@ -50,6 +49,19 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if format_name == "MetaImage":
         _check_unpacked(array, path, header, data)
     return array, affine
+
+
+def itk_files(path: Path) -> list[Path]:
+    """The file, and the one with its voxels where that is another.
+
+    Raises:
+        ScanError: When they are in several files, or in one elsewhere.
+    """
+    return list(dict.fromkeys([path, _data_file(path, _header(path), _format_of(path))]))
+
+
+def _format_of(path: Path) -> str:
+    return "NRRD" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImage"
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from medmim.dicom import read_dicom
+from medmim.dicom import dicom_files, read_dicom, series_files
 from medmim.errors import ScanError
 from medmim.formats import DICOM_SUFFIX, ITK_SUFFIXES, NIFTI_SUFFIXES, times
-from medmim.itk import read_itk
+from medmim.itk import itk_files, read_itk
 from medmim.nifti import read_nifti
 
 SPACING = 1e-6, 1e6  # mm; a header with less or more in it is broken, and numbers computed from it would overflow
@@ -96,6 +96,22 @@ def load_volume(path: str | Path) -> Volume:
         known = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES, DICOM_SUFFIX))
         raise ScanError(f"{path}: not a known scan format; give a file that ends in {known}, or a DICOM folder")
     return Volume(array[None], affine, path, modality)
+
+
+def scan_files(path: Path) -> list[Path]:
+    """The files that the scan at `path` is in: one, a header and its voxels, or those of a DICOM series.
+
+    Raises:
+        ScanError: When it cannot be told which.
+        OSError: When they may not be looked at.
+    """
+    if path.is_dir():
+        return dicom_files(path)
+    if not path.is_file():
+        return []
+    if path.name.lower().endswith(ITK_SUFFIXES):
+        return itk_files(path)
+    return series_files(path) if path.name.lower().endswith(DICOM_SUFFIX) else [path]
 
 
 def _check_array(array: np.ndarray, name: str) -> None:

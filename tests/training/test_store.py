@@ -15,6 +15,7 @@ import blosc2
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from matplotlib.image import imread
 
@@ -28,7 +29,7 @@ from medmim_training.store.index import BLOCK, INDEX_FILE, PROBLEMS_FILE, Store,
 from medmim_training.store.inspect import counts, draw_contact_sheet, draw_histograms
 from medmim_training.store.prepare import FOREGROUND, _identity, prepare
 from medmim_training.store.sources import Source, find_sources
-from scans import write_dicom
+from scans import itk_image, write_dicom
 from synthetic import write_scan
 
 SIZE = (16, 32, 24)
@@ -91,6 +92,27 @@ def test_two_series_of_the_same_name_are_two_scans(tmp_path, recipe):
     older = Store(store).entries[0].to_data() | {"sha256": None}
     (store / INDEX_FILE).write_text(json.dumps(older) + "\n")
     assert prepare(find_sources(tmp_path / "b"), store, volume=recipe.volume) == (0, 0)
+
+
+@pytest.mark.parametrize("suffix", ["mhd", "nhdr", "dcm"])
+def test_the_voxels_of_a_scan_are_told_apart_in_whichever_file_they_are(tmp_path, recipe, suffix):
+    """A header that names another file, and a slice that stands for its series, do not change with them."""
+    store = tmp_path / "store"
+    for value in (100, 200):
+        array = np.full((24, 24, 3), -1000, np.int16)
+        array[4:20, 4:20] = 300
+        array[4:20, 4:20, 2] = value
+        folder = tmp_path / str(value)
+        write_dicom(folder, array, np.diag([2.0, 2.0, 2.0, 1.0]))
+        if suffix == "dcm":
+            (folder / "1.2.3.4-99.dcm").replace(folder / "scan.dcm")
+            (folder / "scan.dcm").write_bytes((tmp_path / "100/scan.dcm").read_bytes())  # it is written with the time
+        else:
+            sitk.WriteImage(itk_image(array, np.diag([2.0, 2.0, 2.0, 1.0])), folder / f"scan.{suffix}")
+        source = Source(folder / f"scan.{suffix}", "scan")
+        assert prepare([source], store, volume=recipe.volume) == (1, 0)
+        assert prepare([source], store, volume=recipe.volume) == (0, 0)
+    assert sorted(entry.percentiles[1] for entry in Store(store).entries) == [100, 200]
 
 
 def test_a_z_score_does_not_take_the_darker_half_of_the_tissue_for_background(tmp_path, recipe):

@@ -37,8 +37,8 @@ class StoreEntry(Record):
     Attributes:
         id: File name of the array without its suffix.
         source: Path of the scan, relative to the data list or folder that was prepared.
-        sha256: Of the scan's file; for a folder of DICOM slices of their sha256s, sorted, one behind the other; None
-            for such a folder in a store of an older medmim.
+        sha256: Of the scan's file; where it has several, as a DICOM series or a header and its voxels, and for any
+            folder, of their sha256s, sorted, one behind the other; None for a folder in a store of an older medmim.
         shape: (D, H, W) as stored, after cropping to the foreground.
         offset: Where the crop starts in the resampled volume, in voxels.
         spacing: Of the scan before resampling, in mm, along the scan's own axes.

@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medmim.dicom import dicom_files
 from medmim.errors import MedmimError, ScanError, SpecError
 from medmim.files import sha256_of, write_text
 from medmim.intensity import IntensityMap, background_level, intensity_map
 from medmim.spec import VolumeSpec
 from medmim.transforms import guess_modality, to_grid
-from medmim.volumes import load_volume
+from medmim.volumes import load_volume, scan_files
 from medmim_training.preemption import be_reachable, starting_unreachable
 from medmim_training.store.index import (
     INDEX_FILE,
@@ -153,13 +152,13 @@ def _prepare_one(
 
 
 def _digest_of(path: Path) -> str | None:
-    """The sha256 of a file, or of those of the DICOM files of a folder; None where there is neither."""
+    """The sha256 of a scan's file, or of those of its files where it may have several; None where it has none."""
     try:
-        if not path.is_dir():
-            return sha256_of(path) if path.is_file() else None
-        digests = sorted(sha256_of(file) for file in dicom_files(path))
+        digests = sorted(map(sha256_of, scan_files(path)))
     except OSError as error:
         raise ScanError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    if len(digests) == 1 and not path.is_dir():
+        return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
 
 
