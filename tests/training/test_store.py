@@ -467,6 +467,26 @@ def test_a_modality_that_is_unknown_is_refused(tmp_path, text):
         find_sources(listing)
 
 
+@pytest.mark.parametrize("column", ["Modality", " modality", "MODALITY "])
+def test_a_column_that_is_written_in_another_way_counts(tmp_path, column):
+    """PET is never guessed: of a modality that is passed over, it would be prepared as MR without a word."""
+    (tmp_path / "list.csv").write_text(f"file,{column},Group,Licence\na.nii, PET,x,MIT\n")
+    assert find_sources(tmp_path / "list.csv") == [Source(tmp_path / "a.nii", "a.nii", "PET", "x", "MIT")]
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        {"modality": "PET", "training": ["a.nii"]},
+        {"training": [{"image": "a.nii", "modality": "PET"}]},
+        {"modality": {"0": "CT"}, "training": [{"image": "a.nii", "modality": "PET"}]},
+    ],
+)
+def test_a_modality_counts_wherever_a_json_list_says_it(tmp_path, lists):
+    (tmp_path / "list.json").write_text(json.dumps(lists))
+    assert [s.modality for s in find_sources(tmp_path / "list.json")] == ["PET"]
+
+
 def test_a_list_that_a_spreadsheet_saved(tmp_path):
     (tmp_path / "list.csv").write_text("file,group\r\na.nii,x\r\n,\r\n\r\n,\r\n", encoding="utf-8-sig")
     assert [s.name for s in find_sources(tmp_path / "list.csv")] == ["a.nii"]

@@ -48,9 +48,10 @@ def find_sources(
               `dataset.json` lists to train or validate and is there, else all of `imagesTr`, each file of the modality
               of its channel ("case_0001.nii.gz" of channel 1); neither labels nor, unless `where` says so, test cases;
             - a CSV with a column `file`, `image` or `path` (relative to the CSV) and optionally `modality` (its first
-              word counts: "MR T1w" and "T1w" are MR; empty takes it from the scan), `group` and `licence`;
+              word counts: "MR T1w" and "T1w" are MR; empty takes it from the scan), `group` and `licence`, in
+              capitals or not;
             - a JSON data list as the Decathlon and MONAI write them: lists of file names, or of records with `image`,
-              under `training`, `validation` and `test`.
+              under `training`, `validation` and `test`; `modality` may stand in a record, or beside the lists.
         where: Filters on columns of a CSV, or on `split` of a JSON list: "split=train,pool" keeps rows whose split is
             one of the patterns, "group!=nd320*" drops those that match. All must hold.
         tell: Called with a sentence on what is taken and what is left out, where that is not all that was found.
@@ -122,7 +123,8 @@ def _rows_of(data: Any, source: Path) -> list[dict[str, str]]:
             name = item.get("image") if isinstance(item, dict) else item
             if not isinstance(name, str):
                 raise SpecError(f"{source}: {split!r} must list file names, or records whose image is one file name")
-            rows.append({"image": name, "split": split, "modality": _decathlon_modality(data, name)})
+            own = item.get("modality") if isinstance(item, dict) else None
+            rows.append({"image": name, "split": split, "modality": str(own or _decathlon_modality(data, name))})
     return rows
 
 
@@ -130,7 +132,7 @@ def _decathlon_modality(data: Any, name: str) -> str:
     """What `dataset.json` calls a file's channel, such as "CT" or "FLAIR"; nothing where it does not say."""
     names = (data.get("modality") or data.get("channel_names")) if isinstance(data, dict) else None
     if not isinstance(names, dict):
-        return ""
+        return names if isinstance(names, str) else ""
     channel = CHANNEL.search(PurePosixPath(name).name)
     # The digits may number cases, too, of which the file is the first channel then.
     return str(names.get(str(int(channel[1])) if channel else "0", names.get("0", "")))
@@ -152,6 +154,11 @@ def _from_rows(source: Path, columns: list[str], rows: list[dict[str, str]], whe
     if path_column is None:
         raise SpecError(f"{source}: needs a column {' or '.join(PATH_COLUMNS)}, has {', '.join(columns)}")
     filters = [_parse_filter(text, columns, source) for text in where]
+    called = {column.strip().lower(): column for column in columns} | {column: column for column in columns}
+
+    def cell(row: dict[str, str], column: str) -> str:
+        return row.get(called.get(column, column)) or ""
+
     for number, row in enumerate(rows, start=1):
         if not row[path_column]:
             raise SpecError(f"{source}: row {number} has no {path_column}")
@@ -159,9 +166,9 @@ def _from_rows(source: Path, columns: list[str], rows: list[dict[str, str]], whe
         Source(
             path=source.parent / row[path_column],
             name=row[path_column],
-            modality=_modality(row.get("modality") or "", f"{source}: row {number}"),
-            group=row.get("group") or "",
-            license=row.get("licence") or row.get("license") or "",
+            modality=_modality(cell(row, "modality"), f"{source}: row {number}"),
+            group=cell(row, "group"),
+            license=cell(row, "licence") or cell(row, "license"),
         )
         for number, row in enumerate(rows, start=1)
         if all(any(fnmatchcase(row[c] or "", p) for p in patterns) == keep for c, patterns, keep in filters)
