@@ -95,6 +95,14 @@ def test_without_a_decoder_there_is_no_picture(tmp_path):
     assert not (tmp_path / PICTURE_FILE).exists()
 
 
+def test_a_folder_of_another_model_gets_all_that_goes_with_the_new_one(finished, store, tmp_path):
+    medmim.save_pretrained(medmim.create_model("vit_t_mae3d", embed_dim=12, depth=1, num_heads=1), tmp_path)
+    (tmp_path / "data.csv").write_text("of another model")
+    package(finished[1], tmp_path, store=store, tag="synthetic", license="CC-BY-4.0", citation="@misc{none}")
+    assert (tmp_path / "recipe.yaml").read_bytes() == (finished[1] / "recipe.yaml").read_bytes()
+    assert "thorax.nii.gz" in (tmp_path / "data.csv").read_text()
+
+
 def test_an_unfinished_run_is_refused(tmp_path, store):
     with pytest.raises(SpecError, match="no finished run"):
         package(tmp_path, tmp_path / "out", store=store, tag="x", license="MIT", citation="@misc{none}")

@@ -72,11 +72,8 @@ def package(
     except RuntimeError as error:
         raise WeightsError(f"{run}: its checkpoint does not fit its recipe ({error})") from None
 
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_data_list(folder / DATA_FILE, store, _data_list_of(recipe.model.weights))
-    with atomic_write(folder / RECIPE_FILE) as path:
-        path.write_bytes((run / RECIPE_FILE).read_bytes())
-    spec = save_with_golden(
+    before = _data_list_of(recipe.model.weights)
+    spec = save_with_golden(  # takes what goes with another model out of the folder
         method.encoder.to(torch.bfloat16),
         folder,
         decoder=method.decoder.to(torch.bfloat16) if method.decoder_spec is not None else None,
@@ -90,6 +87,9 @@ def package(
             "evidence": [each.to_data() for each in evidence],
         },
     )
+    _write_data_list(folder / DATA_FILE, store, before)
+    with atomic_write(folder / RECIPE_FILE) as path:
+        path.write_bytes((run / RECIPE_FILE).read_bytes())
     picture = PICTURE_FILE if write_picture(folder) else None
     for name, text in ((CARD_FILE, render_card(spec, picture=picture)), (ENTRY_FILE, catalog_entry(spec))):
         write_text(folder / name, text)
