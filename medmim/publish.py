@@ -137,7 +137,7 @@ def plan_upload(
     Args:
         name: As `create_model` takes it: "local-dir:path", a name of the catalog, "hf-hub:org/name".
         repo: See `push_to_hub`, as all others.
-        card: See `push_to_hub`; None takes that of the folder, if it has one.
+        card: See `push_to_hub`; None takes that of the folder, if somebody wrote one.
         replace_card: See `push_to_hub`.
         private: See `push_to_hub`.
         tag: See `push_to_hub`.
@@ -160,6 +160,8 @@ def plan_upload(
     files: dict[str, Content] = {**hub.fetch_all(place, spec)}
     if hub.CONFIG not in files:
         raise WeightsError(f"{place} has no {hub.CONFIG}; save the model again")
+    if CARD in files and _is_made(files[CARD], spec, files):
+        del files[CARD]  # it is made again, with the name of the repository
     if spec.weights.golden is None:
         with tempfile.TemporaryDirectory(prefix="medmim-golden-") as folder:
             spec = _write_golden(name, spec, Path(folder))
@@ -226,6 +228,14 @@ def _require_record(spec: ModelSpec, name: str) -> None:
             f"{name} cannot be published: {' and '.join(missing)} missing in its spec; pass weights={{'tag': ..., "
             "'license': ..., 'citation': ..., 'volume': ...} to save_pretrained or push_to_hub"
         )
+
+
+def _is_made(card: Path, spec: ModelSpec, files: Mapping[str, Content]) -> bool:
+    """Whether a card is just what is made from the record."""
+    try:
+        return card.read_bytes() == _card(spec, files)
+    except SpecError:  # of such a record none is made
+        return False
 
 
 def _card(spec: ModelSpec, files: Mapping[str, Content]) -> bytes:

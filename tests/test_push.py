@@ -13,6 +13,7 @@ import medmim
 from fakes import RECORD, TRAINING, save_tiny, tiny_decoder, tiny_model
 from hubdouble import HubDouble
 from medmim import hub
+from medmim.cards import render_card
 from medmim.errors import SpecError, WeightsError
 from medmim.golden import difference, golden_outputs
 from medmim.localhub import LocalHub
@@ -206,6 +207,19 @@ def test_a_plan_says_what_would_be_sent_and_sends_nothing(double, to_double, tmp
     assert upload.size == folder + made + len(CARD)
     assert {request.method for request in double.requests} == {"GET"}
     assert not double.repos
+
+
+def test_a_card_that_was_made_before_the_model_had_a_repository_is_made_again(tmp_path, monkeypatch):
+    """A stranger cannot load it by the name that the card of its folder has."""
+    monkeypatch.setenv("MEDMIM_HUB", str(tmp_path / "hub"))
+    folder = tmp_path / "model"
+    model = tiny_model()
+    spec = medmim.save_pretrained(model, folder, weights={**RECORD, "training": TRAINING})
+    (folder / "README.md").write_text(render_card(spec, picture=None, has_data_list=False))
+    card = plan_upload(f"local-dir:{folder}", REPO).files["README.md"].decode()
+    assert f'create_model("hf-hub:{REPO}"' in card
+    (folder / "README.md").write_text(CARD)
+    assert plan_upload(f"local-dir:{folder}", REPO).files["README.md"].read_text() == CARD
 
 
 def test_only_files_that_medmim_knows_are_sent(double, to_double, tmp_path):
