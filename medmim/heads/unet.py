@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from medmim.heads.scores import expect_background
-from medmim.layers.convolution import ConvNorm, init_convolutional, leaky_relu_
+from medmim.layers.convolution import ConvNorm, init_convolutional
 from medmim.layers.tokens import Size
 
 
@@ -41,7 +41,7 @@ class UNetDecoder(nn.Module):
         for width, fine, skip in steps:
             stride = _ratio(coarse, fine)
             self.up.append(nn.ConvTranspose3d(below, width, kernel_size=stride, stride=stride))
-            self.merge.append(ConvNorm(width + skip, width))
+            self.merge.append(ConvNorm(width + skip, width, activated=True))
             below, coarse = width, fine
         self.to_voxels = nn.Conv3d(below, out_channels, kernel_size=1)
         self.apply(init_convolutional)
@@ -65,7 +65,7 @@ class UNetDecoder(nn.Module):
                 d, h, w = skip.shape[2:]
                 # Swin rounds odd sides up: what it added behind is cut off again.
                 x = torch.cat([x[:, :, :d, :h, :w], skip], dim=1)  # (B, width + skip, d, h, w)
-            x = leaky_relu_(merge(x))
+            x = merge(x)
         return self.to_voxels(x)
 
 

@@ -41,17 +41,28 @@ class ConvNorm(nn.Module):
         kernel_size: Odd side of the kernel; the border is padded with zeros, so that stride 1 keeps the size.
         stride: Along (D, H, W).
         bias: Whether the convolution has one. The norm undoes it; it is there because nnU-Net's weights have it.
+        activated: Whether the activation follows. It is part of the module, for what is done in place to the output of
+            a module fails where weights are split over processes (FSDP2).
     """
 
     def __init__(
-        self, in_chans: int, out_chans: int, *, kernel_size: int = 3, stride: Size = (1, 1, 1), bias: bool = True
+        self,
+        in_chans: int,
+        out_chans: int,
+        *,
+        kernel_size: int = 3,
+        stride: Size = (1, 1, 1),
+        bias: bool = True,
+        activated: bool = False,
     ) -> None:
         super().__init__()
+        self.activated = activated
         self.conv = Conv3d(in_chans, out_chans, kernel_size, stride, padding=kernel_size // 2, bias=bias)
         self.norm = nn.InstanceNorm3d(out_chans, affine=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        x = self.norm(self.conv(x))
+        return leaky_relu_(x) if self.activated else x
 
 
 def init_convolutional(module: nn.Module) -> None:

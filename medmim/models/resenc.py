@@ -43,7 +43,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_chans: int, out_chans: int, *, stride: Size = (1, 1, 1)) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(in_chans, out_chans, stride=stride)
+        self.conv1 = ConvNorm(in_chans, out_chans, stride=stride, activated=True)
         self.conv2 = ConvNorm(out_chans, out_chans)
         self.shortcut = nn.Sequential()
         if stride != (1, 1, 1):
@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
             self.shortcut.append(ConvNorm(in_chans, out_chans, kernel_size=1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.conv2(leaky_relu_(self.conv1(x)))
+        branch = self.conv2(self.conv1(x))
         branch += self.shortcut(x)
         return leaky_relu_(branch)
 
@@ -101,7 +101,7 @@ class ResidualEncoder3D(FeatureMaps, MapClassifier, Shareable, nn.Module):
         self.grad_checkpointing = False
         self.set_input_size(img_size)
 
-        self.stem = ConvNorm(in_chans, channels[0])
+        self.stem = ConvNorm(in_chans, channels[0], activated=True)
         self.stages = nn.ModuleList(
             nn.Sequential(
                 ResidualBlock(below, width, stride=stride),
@@ -182,7 +182,7 @@ class ResidualEncoder3D(FeatureMaps, MapClassifier, Shareable, nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        return leaky_relu_(self.stem(x))  # (B, C, D, H, W)
+        return self.stem(x)  # (B, C, D, H, W)
 
     def _run_stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
         for block in stage:
