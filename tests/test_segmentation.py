@@ -544,6 +544,7 @@ def test_scores_are_never_kept_for_the_whole_volume(num_classes, band_bytes, mon
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_segment_512_x_512_x_600_in_bounded_memory(tmp_path):
     """The interpreter takes 0.8 GB, the scan 0.3 GB, in float32 0.6 GB, a band of scores 0.5 GB."""
     volume = VolumeSpec.parse({"intensity": {"CT": {"kind": "window", "low": -1000, "high": 1000}}}, source="test")
