@@ -474,6 +474,12 @@ def test_a_column_that_is_written_in_another_way_counts(tmp_path, column):
     assert find_sources(tmp_path / "list.csv") == [Source(tmp_path / "a.nii", "a.nii", "PET", "x", "MIT")]
 
 
+def test_spaces_and_capitals_keep_no_test_scan_in(tmp_path):
+    (tmp_path / "list.csv").write_text("File, Split\na.nii,train\nb.nii, Test\nc.nii,TEST\n")
+    for where in ("split!=test", "Split=Train"):
+        assert [s.name for s in find_sources(tmp_path / "list.csv", [where])] == ["a.nii"]
+
+
 @pytest.mark.parametrize(
     "lists",
     [

@@ -12,7 +12,8 @@ from typing import Any
 
 from medmim.errors import SpecError
 from medmim.folders import find_scans
-from medmim.limits import LIST_BYTES, read_csv, read_json
+from medmim.limits import LIST_BYTES, read_json
+from medmim_training.tables import read_table
 
 PATH_COLUMNS = ("file", "image", "path")
 SPLITS = ("training", "validation", "test")
@@ -53,7 +54,7 @@ def find_sources(
             - a JSON data list as the Decathlon and MONAI write them: lists of file names, or of records with `image`,
               under `training`, `validation` and `test`; `modality` may stand in a record, or beside the lists.
         where: Filters on columns of a CSV, or on `split` of a JSON list: "split=train,pool" keeps rows whose split is
-            one of the patterns, "group!=nd320*" drops those that match. All must hold.
+            one of the patterns, "group!=nd320*" drops those that match, in capitals or not. All must hold.
         tell: Called with a sentence on what is taken and what is left out, where that is not all that was found.
 
     Raises:
@@ -68,7 +69,7 @@ def find_sources(
             raise SpecError(f"{source}: a folder has no columns to filter by; drop --where or give a data list")
         found = [Source(path, path.relative_to(source).as_posix()) for path in find_scans(source)]
     elif source.is_file() and source.suffix == ".csv":
-        found = _from_rows(source, *read_csv(source), where)
+        found = _from_rows(source, *read_table(source), where)
     elif source.is_file() and source.suffix == ".json":
         found = _from_rows(source, *_read_json(source), where)
     else:
@@ -154,11 +155,6 @@ def _from_rows(source: Path, columns: list[str], rows: list[dict[str, str]], whe
     if path_column is None:
         raise SpecError(f"{source}: needs a column {' or '.join(PATH_COLUMNS)}, has {', '.join(columns)}")
     filters = [_parse_filter(text, columns, source) for text in where]
-    called = {column.strip().lower(): column for column in columns} | {column: column for column in columns}
-
-    def cell(row: dict[str, str], column: str) -> str:
-        return row.get(called.get(column, column)) or ""
-
     for number, row in enumerate(rows, start=1):
         if not row[path_column]:
             raise SpecError(f"{source}: row {number} has no {path_column}")
@@ -166,19 +162,19 @@ def _from_rows(source: Path, columns: list[str], rows: list[dict[str, str]], whe
         Source(
             path=source.parent / row[path_column],
             name=row[path_column],
-            modality=_modality(cell(row, "modality"), f"{source}: row {number}"),
-            group=cell(row, "group"),
-            license=cell(row, "licence") or cell(row, "license"),
+            modality=_modality(row.get("modality", ""), f"{source}: row {number}"),
+            group=row.get("group", ""),
+            license=row.get("licence") or row.get("license") or "",
         )
         for number, row in enumerate(rows, start=1)
-        if all(any(fnmatchcase(row[c] or "", p) for p in patterns) == keep for c, patterns, keep in filters)
+        if all(any(fnmatchcase(row[c].lower(), p) for p in patterns) == keep for c, patterns, keep in filters)
     ]
 
 
 def _parse_filter(text: str, columns: list[str], source: Path) -> tuple[str, list[str], bool]:
     column, separator, patterns = text.partition("=")
     keep = not column.endswith("!")
-    column = column.removesuffix("!")
+    column = column.removesuffix("!").strip().lower()
     if not separator or column not in columns:
         raise SpecError(f"{text!r}: write column=pattern or column!=pattern; {source} has {', '.join(columns)}")
-    return column, patterns.split(","), keep
+    return column, patterns.lower().split(","), keep

@@ -6,8 +6,7 @@ never trained on nor validated with.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -21,10 +20,11 @@ from medmim.errors import ScanError, SpecError
 from medmim.folders import find_scans
 from medmim.formats import NIFTI_SUFFIXES
 from medmim.layers.tokens import Size
-from medmim.limits import LIST_BYTES, read_csv, read_json
+from medmim.limits import LIST_BYTES, read_json
 from medmim.transforms import VolumeTransform, label_type, labels_on_grid
 from medmim.volumes import Volume, load_volume
 from medmim_training.store.sources import DATASET, IMAGES
+from medmim_training.tables import first_twice, read_rows
 
 LABELS, SPLITS = "labelsTr", "subjects.csv"
 MEAN = "mean"  # in results, beside the names of the classes
@@ -248,38 +248,6 @@ def case_name(image: Path) -> str:
     """What a case is called that nothing names: its file, without the suffix."""
     suffix = next((suffix for suffix in reversed(NIFTI_SUFFIXES) if image.name.endswith(suffix)), image.suffix)
     return image.name.removesuffix(suffix)
-
-
-def read_rows(path: Path, *, needed: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file, without spaces around cells; names of columns in lower case.
-
-    So that a column which a person wrote a little differently is not passed over.
-
-    Raises:
-        SpecError: When it is missing or cannot be read, two columns have one name, or a needed column is missing or
-            empty somewhere.
-    """
-    if not path.is_file():
-        raise SpecError(f"{path}: no such file")
-    written, rows = read_csv(path)
-    names = {column: column.strip().lower() for column in written}
-    twice = first_twice(filter(None, (names[column] for column in written)))
-    if twice:
-        raise SpecError(f"{path}: two columns are called {twice}; leave one")
-    missing = set(needed) - set(names.values())
-    if missing:
-        raise SpecError(f"{path}: needs the column {', '.join(sorted(missing))}")
-    rows = [{name: row[column].strip() for column, name in names.items()} for row in rows]
-    for number, row in enumerate(rows, start=1):
-        empty = next((column for column in needed if not row[column]), None)
-        if empty:
-            raise SpecError(f"{path}: row {number} has nothing in the column {empty}")
-    return rows
-
-
-def first_twice(names: Iterable[str]) -> str | None:
-    """A name that is there more than once, if any is."""
-    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _side(case: Case, rows: dict[str, dict[str, str]], source: str) -> str:

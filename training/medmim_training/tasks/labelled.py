@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from medmim.errors import SpecError
-from medmim_training.tasks.cases import TRAINS, Case, case_name, first_twice, read_rows, with_splits
+from medmim_training.tables import first_twice, read_rows
+from medmim_training.tasks.cases import TRAINS, Case, case_name, with_splits
 
 ARCHIVE = ".npz"
 SIDES = {"train": {"fold": TRAINS}, "val": {"fold": 0}, "test": {"is_test": True}}  # of MedMNIST's archives
