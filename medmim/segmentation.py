@@ -277,9 +277,9 @@ class _Band:
     def _settle(self, slices: int) -> None:
         """Labels the first slices and moves on by as many."""
         settled = self.labels[self.first : self.first + slices, self.strip]
-        # Slice by slice, because argmax makes integers of eight bytes.
+        # Slice by slice, because max makes integers of eight bytes; argmax takes five times as long.
         for i, plane in enumerate(settled):
-            plane.copy_(self.sums[:, i].argmax(dim=0))
+            plane.copy_(self.sums[:, i].max(dim=0).indices)
         self.sums = self.sums.roll(-slices, dims=1)
         self.sums[:, self.sums.shape[1] - slices :] = 0
         self.first += slices

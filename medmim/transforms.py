@@ -14,12 +14,13 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Orientation, ResizeWithPadOrCrop, Spacing, SpatialPad, SpatialResample
+from monai.transforms import Orientation, ResizeWithPadOrCrop, Spacing, SpatialPad
 from scipy.ndimage import gaussian_filter1d
 
 from medmim.errors import ScanError, SpecError
 from medmim.intensity import intensity_map
 from medmim.limits import VOXELS
+from medmim.resampling import resample_to
 from medmim.scans import AFFINE_TOLERANCE, Scan, as_volume
 from medmim.spec import VolumeSpec
 from medmim.volumes import Volume
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
 
 AIR = -300  # HU; below it lie air, lung and the outside of a patient, and nothing in MR or PET
 AIR_FRACTION = 0.01
-
-FACE = 1e-3  # of a voxel, which rounding in affines may put the face of the outermost one off
-
-SLAB_VOXELS = 8_000_000  # resampled at a time on the way back; a coordinate grid needs 12 bytes a voxel
 
 
 def guess_modality(volume: Volume) -> str:
@@ -175,7 +172,7 @@ class VolumeTransform:
         if tensor.shape[1:] != like.shape[1:]:
             raise SpecError(f"inverse() got shape {tuple(tensor.shape[1:])} for a scan of {tuple(like.shape[1:])}")
         values = tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
-        return _resample_to(
+        return resample_to(
             MetaTensor(values, affine=like.affine),
             torch.as_tensor(like.meta["original_affine"]),
             like.meta["original_shape"],
@@ -242,7 +239,7 @@ def labels_on_grid(labels: Volume, *, like: MetaTensor) -> torch.Tensor:
     shape, affine = tuple(like.meta["original_shape"]), np.asarray(like.meta["original_affine"])
     check_labels_place(labels, shape=shape, affine=affine)
     source = MetaTensor(torch.from_numpy(labels.array.astype(np.float32)), affine=torch.as_tensor(labels.affine))
-    return _resample_to(source, like.affine, like.shape[1:], mode="nearest")[0].as_tensor()
+    return resample_to(source, like.affine, like.shape[1:], mode="nearest")[0].as_tensor()
 
 
 def check_labels_place(labels: Volume, *, shape: tuple[int, ...], affine: np.ndarray) -> None:
@@ -278,35 +275,3 @@ def _grid_affine(spec: VolumeSpec) -> np.ndarray:
         columns[int(axis), column] = sign
     affine[:3, :3] = columns * (spec.spacing or 1.0)
     return affine
-
-
-def _resample_to(
-    source: MetaTensor, affine: torch.Tensor, shape: Sequence[int], *, mode: Literal["nearest", "bilinear"]
-) -> MetaTensor:
-    """Resamples (C, D, H, W) to another grid, slab by slab to bound the memory; zero outside of the source."""
-    result = torch.zeros(len(source), *shape, dtype=source.dtype)
-    thickness = max(1, SLAB_VOXELS // (shape[1] * shape[2]))
-    for start in range(0, shape[0], thickness):
-        slab = result[:, start : start + thickness]
-        slab_affine = affine.clone()
-        slab_affine[:3, 3] += affine[:3, 0] * start
-        grid = {"dst_affine": slab_affine, "spatial_size": slab.shape[1:]}
-        # Half a voxel around the outermost centres belongs to the source too, hence "border" and a separate inside.
-        values = SpatialResample(mode=mode, padding_mode="border", dtype=torch.float32)(source, **grid)
-        slab.copy_(values.as_tensor() * _inside(source, slab_affine, slab.shape[1:]))
-    return MetaTensor(result, affine=affine)
-
-
-def _inside(source: MetaTensor, affine: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Which voxels of a grid have their centre in a voxel of the source, or on its face: (D, H, W) boolean.
-
-    On the face lies a whole outermost slice where sizes and spacings are round: of 32 voxels of 1 mm on 16 of 2 mm.
-    """
-    to_source = torch.linalg.solve(source.affine, affine.to(source.affine))
-    indices = [torch.arange(side, dtype=to_source.dtype) for side in shape]
-    inside = torch.ones(*shape, dtype=torch.bool)
-    for side, (*steps, start) in zip(source.shape[1:], to_source[:3], strict=True):
-        along_d, along_h, along_w = (step * index for step, index in zip(steps, indices, strict=True))
-        place = along_d[:, None, None] + along_h[:, None] + (along_w + start)
-        inside &= (place > -0.5 - FACE) & (place < side - 0.5 + FACE)
-    return inside

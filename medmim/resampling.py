@@ -1,0 +1,96 @@
+"""A volume on the voxels of another grid, zero where there is nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
+from torch import Tensor
+
+FACE = 1e-3  # of a voxel, which rounding in affines may put a place off
+
+SLAB_VOXELS = 8_000_000  # interpolated at a time; a coordinate grid needs 12 bytes a voxel
+
+
+def resample_to(
+    source: MetaTensor, affine: Tensor, shape: Sequence[int], *, mode: Literal["nearest", "bilinear"]
+) -> MetaTensor:
+    """Resamples a volume to another grid.
+
+    Args:
+        source: (C, D, H, W) with its affine.
+        affine: Of the grid, voxel index to RAS mm: (4, 4).
+        shape: Of the grid: (D', H', W').
+        mode: "nearest" takes whole voxels, of two that are as near the one of the lower index in `source`, so that it
+            does not matter which way the axes of the grid go; "bilinear" interpolates along all three axes.
+
+    Returns:
+        (C, D', H', W') in the type of `source`; zero where a voxel's centre lies outside of it.
+    """
+    to_source = torch.linalg.solve(source.affine, affine.to(source.affine))
+    axes = _axes_along(to_source, shape) if mode == "nearest" else None
+    if axes is None:
+        values = _interpolated(source, affine, to_source, shape, mode=mode)
+    else:
+        values = _picked(source.as_tensor(), to_source, axes, shape)
+    return MetaTensor(values, affine=affine)
+
+
+def _axes_along(to_source: Tensor, shape: Sequence[int]) -> list[int] | None:
+    """The axis of the source that each axis of a grid runs along; None for a grid that is turned by other than 90°."""
+    travelled = to_source[:3, :3].abs() * (torch.tensor(shape) - 1)  # voxels of the source, from end to end of the grid
+    axes = to_source[:3, :3].abs().argmax(dim=0)
+    travelled[axes, [0, 1, 2]] = 0
+    return axes.tolist() if len(set(axes.tolist())) == 3 and travelled.max() < FACE else None
+
+
+def _picked(source: Tensor, to_source: Tensor, axes: list[int], shape: Sequence[int]) -> Tensor:
+    """The voxel of (C, D, H, W) that is nearest to each of a grid, whose axes run along those of the source."""
+    values = source.permute(0, *(axis + 1 for axis in axes))
+    indices, inside = [], []
+    for along, axis in enumerate(axes):
+        place = to_source[axis, along] * torch.arange(shape[along], dtype=to_source.dtype) + to_source[axis, 3]
+        indices.append((place - 0.5 - FACE).ceil().long().clamp(0, source.shape[axis + 1] - 1))
+        inside.append(_within(place, source.shape[axis + 1]))
+    d, h, w = indices
+    values = values[:, d[:, None, None], h[:, None], w]
+    for dim, those in enumerate(inside, start=1):
+        values.index_fill_(dim, (~those).nonzero()[:, 0], 0)
+    return values
+
+
+def _interpolated(source: MetaTensor, affine: Tensor, to_source: Tensor, shape: Sequence[int], *, mode: str) -> Tensor:
+    """MONAI's resampling, slab by slab to bound the memory."""
+    result = torch.zeros(len(source), *shape, dtype=source.dtype)
+    thickness = max(1, SLAB_VOXELS // (shape[1] * shape[2]))
+    for start in range(0, shape[0], thickness):
+        slab = result[:, start : start + thickness]
+        offset = torch.eye(4, dtype=affine.dtype)
+        offset[0, 3] = start
+        grid = {"dst_affine": affine @ offset, "spatial_size": slab.shape[1:]}
+        # Half a voxel around the outermost centres belongs to the source too, hence "border" and a separate inside.
+        values = SpatialResample(mode=mode, padding_mode="border", dtype=torch.float32)(source, **grid)
+        inside = _inside(source.shape[1:], to_source @ offset.to(to_source), slab.shape[1:])
+        slab.copy_(values.as_tensor() * inside)
+    return result
+
+
+def _inside(sides: Sequence[int], to_source: Tensor, shape: Sequence[int]) -> Tensor:
+    """Which voxels of a grid have their centre in a voxel of a source of these sides: (D, H, W) boolean."""
+    indices = [torch.arange(side, dtype=to_source.dtype) for side in shape]
+    inside = torch.ones(*shape, dtype=torch.bool)
+    for side, (*steps, start) in zip(sides, to_source[:3], strict=True):
+        along_d, along_h, along_w = (step * index for step, index in zip(steps, indices, strict=True))
+        inside &= _within(along_d[:, None, None] + along_h[:, None] + (along_w + start), side)
+    return inside
+
+
+def _within(place: Tensor, side: int) -> Tensor:
+    """Which places, in voxels along an axis, lie in one of its voxels, or on the face of the outermost.
+
+    On the face lies a whole outermost slice where sizes and spacings are round: of 32 voxels of 1 mm on 16 of 2 mm.
+    """
+    return (place > -0.5 - FACE) & (place < side - 0.5 + FACE)
