@@ -11,6 +11,8 @@ import pytest
 from matplotlib.image import imread
 from torch.autograd import DeviceType
 
+from medmim_training.plan import make_plan
+
 FOLDER = Path(__file__).parents[2] / "training" / "benchmarks"
 
 
@@ -34,6 +36,18 @@ def test_crops(tmp_path):
     result = json.loads((tmp_path / "crops.json").read_text())
     assert {"medmim", "torch.load (PersistentDataset)", "nii.gz"} <= set(result["seconds"])
     assert result["machine"]["torch"]
+
+
+def test_growth_plans_the_network_that_it_measures():
+    import growth
+    import step
+
+    network = step.Network(
+        side=48, width=64, depth=3, heads=4, ratio=0.5, decoder_width=48, decoder_depth=2, decoder_heads=3
+    )
+    plan = make_plan(growth.recipe_of(network, "fp32", 2))
+    made = step.make_step("medmim", *step.of_medmim(network), network, 2, "fp32")
+    assert plan.flops_per_crop * 2 == step._flops(made)
 
 
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")  # MONAI's

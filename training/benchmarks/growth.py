@@ -8,6 +8,7 @@ out, and so is what does not fit into `--seconds` in all.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def main(
         keep_freed_memory()  # as `medmim-train pretrain` does
     networks = [Network(side=side, width=width, heads=width // 64) for side in SIDES]
     plans = {
-        (batch, network): make_plan(_recipe(network, precision, batch)) for batch in BATCHES for network in networks
+        (batch, network): make_plan(recipe_of(network, precision, batch)) for batch in BATCHES for network in networks
     }
     start, speed = time.monotonic(), math.inf
     rows, left_out = [], []
@@ -70,10 +71,28 @@ def main(
     write_result(out, {"what": what, "precision": precision, "steps": rows, "left_out": left_out})
 
 
-def _recipe(network: Network, precision: str, batch: int) -> Recipe:
-    """So many crops a step; the decoder of this recipe is the network's."""
-    args = f"{{img_size: {[network.side] * 3}, embed_dim: {network.width}, num_heads: {network.heads}}}"
-    return load_recipe("small/vit_b_mae3d", [f"model.args={args}", f"batch_size={batch}", f"precision={precision}"])
+def recipe_of(network: Network, precision: str, batch: int) -> Recipe:
+    """One of the same network, and so many crops a step."""
+    model = {
+        "img_size": [network.side] * 3,
+        "patch_size": [network.patch] * 3,
+        "embed_dim": network.width,
+        "depth": network.depth,
+        "num_heads": network.heads,
+    }
+    decoder = {
+        "embed_dim": network.decoder_width,
+        "depth": network.decoder_depth,
+        "num_heads": network.decoder_heads,
+    }
+    overrides = {
+        "model.args": json.dumps(model),
+        "method.args.ratio": network.ratio,
+        "method.args.decoder": json.dumps(decoder),
+        "batch_size": batch,
+        "precision": precision,
+    }
+    return load_recipe("small/vit_b_mae3d", [f"{key}={value}" for key, value in overrides.items()])
 
 
 def _seconds_of(step: Callable[[], None]) -> float:
