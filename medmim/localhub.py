@@ -28,6 +28,7 @@ from medmim.errors import WeightsError
 from medmim.files import Content, sha256_of, size_of, write_text
 
 SNAPSHOTS, REFS, TAGS, SUMS, MAIN = "snapshots", "refs", "tags", "SHA256SUMS", "main"
+ANYTHING = "anything"  # that a branch may be at
 STAGING = ".publishing-"
 VERSION = re.compile(r"[0-9a-f]{40}")
 REVISION = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -151,7 +152,7 @@ class LocalHub:
         version: str | None = None,
         branches: Sequence[str] = (MAIN,),
         tag: str | None = None,
-        expected: str | None = None,
+        expected: str | None = ANYTHING,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> str:
         """Adds a version, whole or not at all. One that is there already is left alone if it is intact.
@@ -162,7 +163,7 @@ class LocalHub:
             version: The commit that they are of; None names the version by its content.
             branches: What will point to it; none of them may be a tag.
             tag: Another name for it for good, which must be free.
-            expected: The version that the first branch must still be at; None for whatever it is at.
+            expected: The version that the first branch must still be at; None where there must be no such branch yet.
             progress: Called with bytes copied and bytes in all.
 
         Returns:
@@ -191,10 +192,10 @@ class LocalHub:
             ) from error
 
     def _publish(self, home, staging, files, version, branches, tag, expected, progress) -> str:
-        if expected is not None and (found := self._version(home, branches[0])) != expected:
+        if expected != ANYTHING and (found := self._version(home, branches[0])) != expected:
             raise WeightsError(
-                f"{branches[0]} of {home} has moved from {expected} to {found} since it was read; look at what was "
-                "published there, then publish again"
+                f"{branches[0]} of {home} has moved from {expected or 'nothing'} to {found or 'nothing'} since it was "
+                "read; look at what was published there, then publish again"
             )
         if tag is not None and (tag in branches or (home / REFS / tag).exists() or (home / TAGS / tag).exists()):
             raise WeightsError(f"{home} has a branch or tag {tag!r} already; choose another name for the tag")

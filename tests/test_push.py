@@ -449,6 +449,16 @@ def test_a_local_hub_refuses_what_has_changed_since(local, model, tmp_path):
         upload.send()
 
 
+@pytest.mark.parametrize("revision", ["main", "trial"])
+def test_a_local_hub_refuses_a_second_first_version(local, model, tmp_path, revision):
+    """Two plan on a repository, or a branch, that is not there yet; the second would hide the first."""
+    uploads = [plan(tmp_path / name, card=f"# Of {name}", revision=revision) for name in ("one", "two")]
+    first = uploads[0].send()
+    with pytest.raises(WeightsError, match=f"has moved from nothing to {first.commit} since it was read"):
+        uploads[1].send()
+    assert local.head(REPO, revision) == first.commit
+
+
 @pytest.mark.parametrize("options", [{"endpoint": "http://127.0.0.1:9"}, {"private": True}, {"create_pr": True}])
 def test_what_a_folder_cannot_do(local, model, options):
     with pytest.raises(WeightsError, match="neither endpoint, private repositories nor pull requests; leave them out"):
