@@ -162,7 +162,7 @@ class LocalHub:
             files: Each file of the model folder: where it is now, or what is in it.
             version: The commit that they are of; None names the version by its content.
             branches: What will point to it; none of them may be a tag.
-            tag: Another name for it for good, which must be free.
+            tag: Another name for it for good, which no other version may have.
             expected: The version that the first branch must still be at; None where there must be no such branch yet.
             progress: Called with bytes copied and bytes in all.
 
@@ -197,8 +197,9 @@ class LocalHub:
                 f"{branches[0]} of {home} has moved from {expected or 'nothing'} to {found or 'nothing'} since it was "
                 "read; look at what was published there, then publish again"
             )
-        if tag is not None and (tag in branches or (home / REFS / tag).exists() or (home / TAGS / tag).exists()):
-            raise WeightsError(f"{home} has a branch or tag {tag!r} already; choose another name for the tag")
+        taken = f"{home} has a branch or tag {tag!r} already; choose another name for the tag"
+        if tag is not None and (tag in branches or (home / REFS / tag).exists()):
+            raise WeightsError(taken)
         for branch in branches:
             if (home / TAGS / branch).exists():
                 raise WeightsError(f"{branch!r} is a tag of {home}, which does not move; choose another branch")
@@ -208,6 +209,9 @@ class LocalHub:
         sums = "".join(f"{sha256_of(folder / name)}  {name}\n" for name in sorted(files))
         write_text(folder / SUMS, sums)
         version = version or hashlib.sha256(sums.encode()).hexdigest()[:40]
+        # What failed after it had written the tag is done again with it.
+        if tag is not None and (home / TAGS / tag).exists() and self._version(home, tag) != version:
+            raise WeightsError(taken)
         target = home / SNAPSHOTS / version
         target.parent.mkdir(exist_ok=True)
         if not target.exists() or not _is_intact(target):

@@ -197,6 +197,23 @@ def test_a_tag_is_given_once(local, files, other_files):
     assert local.find(REPO).name == version
 
 
+def test_what_failed_after_it_was_tagged_is_published_again_with_its_tag(local, files, other_files, monkeypatch):
+    local.publish(REPO, files)
+    write_text = localhub.write_text
+
+    def fail_at_branches(path, text):
+        if path.parent.name == "refs":
+            raise OSError(28, "No space left on device")
+        write_text(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(localhub, "write_text", fail_at_branches)
+        with pytest.raises(WeightsError, match="could not be published"):
+            local.publish(REPO, other_files, tag="v1")
+    version = local.publish(REPO, other_files, tag="v1")
+    assert local.find(REPO, "v1").name == local.find(REPO).name == version
+
+
 @pytest.mark.parametrize("tag", ["", "../x", "a b"])
 def test_a_tag_is_a_name(tag, local, files):
     with pytest.raises(WeightsError, match="cannot name a branch or tag of the local hub"):
