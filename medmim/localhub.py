@@ -182,7 +182,7 @@ class LocalHub:
             home.mkdir(parents=True, exist_ok=True)
             with WeakFileLock(home / ".lock"):
                 for left_by_a_crash in home.glob(f"{STAGING}*"):
-                    shutil.rmtree(left_by_a_crash)
+                    shutil.rmtree(left_by_a_crash, ignore_errors=True)  # it may be another user's
                 with tempfile.TemporaryDirectory(dir=home, prefix=STAGING) as staging:
                     return self._publish(home, Path(staging), files, version, branches, tag, expected, progress)
         except OSError as error:

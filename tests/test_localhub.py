@@ -161,6 +161,20 @@ def test_what_a_killed_process_left_is_cleared(local, files, root):
     assert sorted(path.name for path in (root / REPO).iterdir()) == [".lock", "refs", "snapshots"]
 
 
+def test_what_the_killed_process_of_another_user_left_is_in_nobodys_way(local, files, root, monkeypatch):
+    rmdir = os.rmdir
+
+    def refuse(path, **options):
+        if str(path).endswith(".publishing-theirs"):
+            raise PermissionError(13, "Permission denied", path)
+        rmdir(path, **options)
+
+    (root / REPO / ".publishing-theirs").mkdir(parents=True)
+    monkeypatch.setattr(os, "rmdir", refuse)
+    assert local.publish(REPO, files) == local.find(REPO).name
+    assert len(list(local.versions())) == 1
+
+
 def test_publishing_from_what_was_read_before_somebody_else_published(local, files, other_files):
     first = local.publish(REPO, files)
     second = local.publish(REPO, other_files, expected=first)
