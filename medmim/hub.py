@@ -32,7 +32,7 @@ NAMESPACE = "medmim"  # on the Hub, of weights of the catalog that name no repos
 # Files of a model folder that a loader does not need.
 OF_TRAINING = ("data.csv", "recipe.yaml", "reconstruction.png")
 COMPANIONS = ("README.md", "LICENSE", *OF_TRAINING)
-TENSORS = ("model.safetensors*", "model-*-of-*.safetensors", "decoder.safetensors")
+TENSORS = (ENCODER, f"{ENCODER}.index.json", "model-[0-9]*-of-[0-9]*.safetensors", "decoder.safetensors")
 # Wildcards for what goes with one set of weights; beside others it would be taken for theirs.
 OF_WEIGHTS = (*TENSORS, GOLDEN, *OF_TRAINING)
 OF_MODEL = (*TENSORS, GOLDEN, *COMPANIONS)

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -816,6 +817,17 @@ def test_files_of_a_folder_without_a_model_are_left_alone(tmp_path):
     (tmp_path / "README.md").write_text("of the project")
     medmim.save_pretrained(tiny_model(), tmp_path)
     assert (tmp_path / "README.md").read_text() == "of the project"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_copies_that_somebody_made_of_the_weights_stay(depth, published_folder):
+    copies = ("model.safetensors.bak", "model.safetensors.2026-11-24", "model-best-of-three.safetensors")
+    for name in copies:
+        shutil.copy(published_folder / "model.safetensors", published_folder / name)
+    before = content_of(published_folder)
+    medmim.save_pretrained(tiny_model(depth=depth), published_folder)
+    after = content_of(published_folder)
+    assert all(after[name] == before[name] for name in copies)
 
 
 @pytest.mark.parametrize("failing", [1, 5, 9, 10, 11])  # nine go out, two come in
