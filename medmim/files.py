@@ -55,6 +55,25 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Makes one error of those that a full disk or a lost one causes within, whichever library writes there.
+
+    Args:
+        path: What is written, for the error.
+
+    Raises:
+        OutputError: With the reason.
+    """
+    from safetensors import SafetensorError  # no OSError, although the disk is at fault
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{path}: cannot be written ({reason}); make room, or choose another output") from error
+
+
 def check_writable(*paths: Path) -> None:
     """Finds out before a long computation whether files can be written, which leaves nothing behind.
 

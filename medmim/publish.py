@@ -18,7 +18,7 @@ from torch import nn
 from medmim import hub
 from medmim.errors import SpecError, WeightsError
 from medmim.factory import create_decoder, create_model
-from medmim.files import Content, atomic_write
+from medmim.files import Content, atomic_write, output_errors
 from medmim.golden import golden_outputs
 from medmim.localhub import MAIN
 from medmim.resolution import resolve
@@ -109,7 +109,7 @@ def _write_golden(name: str, spec: ModelSpec, folder: Path) -> ModelSpec:
 
     model = create_model(name, pretrained=True)
     outputs = golden_outputs(model, create_decoder(model) if spec.weights.decoder is not None else None)
-    with atomic_write(folder / hub.GOLDEN) as path:
+    with output_errors(folder / hub.GOLDEN), atomic_write(folder / hub.GOLDEN) as path:
         save_file(outputs, path)
     golden = hub.describe_file(folder, hub.GOLDEN)
     spec = spec.model_copy(update={"weights": spec.weights.model_copy(update={"golden": golden})})

@@ -15,7 +15,7 @@ from medmim.arguments import parameters_of, passes_on
 from medmim.checkpoints import misfit, without_values, write_tensors
 from medmim.construction import construct, with_decoder
 from medmim.errors import MedmimError, SpecError, WeightsError
-from medmim.files import check_writable, to_path
+from medmim.files import check_writable, output_errors, to_path
 from medmim.heads.segmenter import Segmenter
 from medmim.identity import uncompiled
 from medmim.spec import ModelSpec, WeightsSpec
@@ -74,7 +74,7 @@ def save_pretrained(
     check_writable(folder / hub.CONFIG)
     former = _saved_in(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+    with output_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
         staging = Path(name)
         names = write_tensors(model.state_dict(), staging, "model")
         if record is not None:

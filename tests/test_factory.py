@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from torch import nn
 import medmim
 from fakes import RECORD, TINY, save_tiny, tiny_decoder, tiny_model
 from medmim import checkpoints, hub
-from medmim.errors import SpecError, UnknownModelError, WeightsError
+from medmim.errors import OutputError, SpecError, UnknownModelError, WeightsError
 from medmim.models.vit import VisionTransformer3D, adapt_state_dict, resize_patch_kernel
 from medmim.publish import save_with_golden
 from medmim.verify import verify
@@ -819,6 +820,19 @@ def test_files_of_a_folder_without_a_model_are_left_alone(tmp_path):
     assert (tmp_path / "README.md").read_text() == "of the project"
 
 
+def test_a_full_disk_is_one_error_and_leaves_what_was_there(published_folder):
+    """Files may not become large, which the writer of weights meets as it does a full disk."""
+    before, model = content_of(published_folder), tiny_model(depth=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OutputError, match=r"published: cannot be written \(.*File too large.*\); make room, or"):
+            medmim.save_pretrained(model, published_folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert content_of(published_folder) == before
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_copies_that_somebody_made_of_the_weights_stay(depth, published_folder):
     copies = ("model.safetensors.bak", "model.safetensors.2026-11-24", "model-best-of-three.safetensors")
@@ -844,7 +858,7 @@ def test_what_fails_while_files_change_places_puts_them_back(failing, published_
 
     model = tiny_model(depth=1)
     monkeypatch.setattr(os, "replace", fail_once)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OutputError, match="published: cannot be written \\(Input/output error\\); make room"):
         medmim.save_pretrained(model, published_folder)
     assert content_of(published_folder) == before
 
