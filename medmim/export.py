@@ -7,6 +7,7 @@ of `config.json` beside it, which says what the preprocessing is; a bundle calls
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from medmim import __version__, hub, registry
 from medmim.arguments import defaults_of
 from medmim.cards.sections import NOTICE
 from medmim.errors import MedmimError, SpecError, WeightsError
-from medmim.files import atomic_write, check_writable, to_path, write_text
+from medmim.files import atomic_write, check_writable, output_errors, to_path, write_text
 from medmim.heads.segmenter import Segmenter
 from medmim.identity import uncompiled
 from medmim.inference import evaluating, last_map
@@ -58,8 +59,11 @@ def export_model(model: nn.Module, path: str | Path, *, to: str) -> None:
 
 def _to_torch_export(model: nn.Module, path: Path) -> None:
     check_writable(path)
-    with atomic_write(path) as temporary:
-        torch.export.save(_trace(model), temporary, extra_files={f"{CONFIG_KEY}.json": _config(model)})
+    # Into memory: where torch cannot write to its file, as on a full disk, it ends the process.
+    written = io.BytesIO()
+    torch.export.save(_trace(model), written, extra_files={f"{CONFIG_KEY}.json": _config(model)})
+    with output_errors(path), atomic_write(path) as temporary:
+        temporary.write_bytes(written.getbuffer())
 
 
 def _to_onnx(model: nn.Module, path: Path) -> None:
@@ -79,7 +83,7 @@ def _to_onnx(model: nn.Module, path: Path) -> None:
         verbose=False,
     )
     program.model.metadata_props[CONFIG_KEY] = _config(model)
-    with atomic_write(path) as temporary:
+    with output_errors(path), atomic_write(path) as temporary:
         program.save(str(temporary), external_data=False)
 
 

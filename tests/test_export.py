@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import sys
 
 import numpy as np
@@ -173,6 +174,21 @@ def test_a_file_is_not_computed_where_it_cannot_be_written(form, model, tmp_path
     (tmp_path / "taken").touch()
     with pytest.raises(OutputError, match=r"taken/model: cannot be written \(Not a directory\); choose another output"):
         medmim.export_model(model, tmp_path / "taken" / "model", to=form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["onnx", "torch-export"])
+def test_a_full_disk_is_one_error_and_leaves_what_was_there(form, model, tmp_path):
+    (tmp_path / "x.pt2").write_text("of before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OutputError, match=r"x\.pt2: cannot be written \(File too large\); make room, or choose"):
+            medmim.export_model(model, tmp_path / "x.pt2", to=form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "x.pt2").read_text() == "of before"
+    assert sorted(os.listdir(tmp_path)) == ["tiny", "x.pt2"]
 
 
 def test_what_a_bundle_could_not_embed_is_not_exported(tmp_path):
