@@ -283,12 +283,19 @@ class ModelSpec(Record):
     This is what `config.json` stores and what `model.spec` returns.
     """
 
-    medmim: int = Field(SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
+    medmim: int = Field(SCHEMA_VERSION, ge=1)
     architecture: str = Field(pattern=NAME.pattern)
     family: str = Field(pattern=NAME.pattern)
     args: Arguments = Field(default_factory=dict)
     weights: WeightsSpec | None = None
     task: TaskSpec | None = None
+
+    @field_validator("medmim")
+    @classmethod
+    def _known(cls, value: int) -> int:
+        if value > SCHEMA_VERSION:
+            raise ValueError(f"version {value} of the format, of which this medmim knows {SCHEMA_VERSION}; update it")
+        return value
 
     @property
     def volume(self) -> VolumeSpec | None:
