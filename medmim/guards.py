@@ -36,11 +36,15 @@ def _make_watched(make: Callable[[], Any]) -> Any:
 def _watch(client: Any) -> None:
     for kind, hook in (("request", _keep_password), ("response", _refuse_paths)):
         if hook not in client.event_hooks[kind]:
-            client.event_hooks[kind].append(hook)
+            client.event_hooks[kind].insert(0, hook)  # before that of the client, which logs
 
 
 def _keep_password(request: Any) -> None:
-    """Takes the password of a mirror off a request to the Hub, which a mirror may lead to: the client leaves it on."""
+    """Takes a password off an address, which is logged, and off a request to the Hub, which a mirror may lead to.
+
+    It is in the headers by now; the client asks `HF_ENDPOINT` as it is for what it wants to know itself.
+    """
+    request.url = request.url.copy_with(userinfo=b"")
     is_password = request.headers.get("authorization", "").startswith("Basic ")
     if is_password and request.url.host.endswith(("huggingface.co", "hf.co")):
         del request.headers["authorization"]

@@ -12,6 +12,7 @@ from typing import Protocol
 from medmim import __version__, hub
 from medmim.errors import WeightsError
 from medmim.files import Content, size_of
+from medmim.guards import watch_answers
 from medmim.localhub import MAIN, LocalHub
 from medmim.spec import ModelSpec
 
@@ -163,6 +164,7 @@ class RemoteDestination:
     def _api(self):
         from huggingface_hub import HfApi
 
+        watch_answers()
         return HfApi(
             endpoint=self.access.address,
             token=self.access.token,

@@ -214,13 +214,19 @@ def test_a_password_in_the_address_of_a_hub_is_not_shown(status, double, access,
     assert "hunter2" not in logged.text
 
 
-def test_a_password_in_hf_endpoint_is_not_shown(double):
+@pytest.mark.parametrize("use", ["medmim.from_pretrained('org/model')", "plan_upload(PATH, 'org/model')"])
+def test_a_password_in_hf_endpoint_is_not_shown(use, double, tiny_folder, tmp_path):
+    """The client asks that address on its own too, for the names of programs that it may run in."""
     endpoint = double.endpoint.replace("://", "://me:hunter2@")
-    code = f"import logging, medmim; logging.basicConfig(level=0); medmim.from_pretrained({REPO!r})"
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_DEBUG": "1"}
+    use = use.replace("PATH", repr(f"local-dir:{tiny_folder[0]}"))
+    code = f"import logging, medmim; from medmim.publish import plan_upload; logging.basicConfig(level=0); {use}"
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_DEBUG": "1", "HF_HOME": str(tmp_path / "home")}
+    del environment["HF_HUB_DISABLE_TELEMETRY"]
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert f"WeightsError: config.json of {REPO}@main could not be fetched from {double.endpoint}" in done.stderr
-    assert double.requests[0].headers["authorization"].startswith("Basic ")
+    assert "WeightsError: " in done.stderr
+    assert f" {double.endpoint}" in done.stderr
+    assert any("agent-harnesses" in request.path for request in double.requests)
+    assert all(request.headers["authorization"].startswith("Basic ") for request in double.requests)
     assert "hunter2" not in done.stdout + done.stderr
 
 
