@@ -471,6 +471,14 @@ def test_verify_of_what_is_not_there_says_nothing_of_damage(call, hub_folder, na
     assert len(err.splitlines()) == 1
 
 
+def test_verify_goes_on_after_a_folder_that_has_no_models(call, tiny_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, out, err = call("verify", tmp_path / "empty", tiny_folder[0])
+    assert code == 1
+    assert "model.safetensors: ok" in out
+    assert "empty: neither a model folder nor a local hub" in err
+
+
 def test_verify_of_the_weights_that_ship(call, hub_folder):
     code, out, err = call("verify")
     assert (code, err) == (0, "")

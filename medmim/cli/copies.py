@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -59,9 +58,14 @@ def verify(
     from medmim.verify import installed, models_in
     from medmim.verify import verify as check
 
-    checks, faults, unchecked = 0, 0, False
-    names = [models_in(source) if os.path.isdir(source) else [source] for source in sources or installed()]
-    for name in chain.from_iterable(names):
+    names, checks, faults, unchecked = [], 0, 0, False
+    for source in sources or installed():
+        try:
+            names += models_in(source) if os.path.isdir(source) else [source]
+        except MedmimError as error:
+            report(error)
+            unchecked = True
+    for name in names:
         try:
             for found in check(name):
                 checks += 1
