@@ -444,6 +444,13 @@ def test_mirror_reports_what_is_not_there_and_goes_on(call, model, hub_folder, t
     assert out == f"org/name@{version.name}: {version}\n"
 
 
+def test_a_card_saved_with_a_mark_keeps_its_front_matter(call, model, hub_folder, tmp_path):
+    (tmp_path / "card.md").write_text("---\nlicense: mit\n---\n# A card", encoding="utf-8-sig")
+    call("push", model, "org/name", "--hub", hub_folder, "--card", tmp_path / "card.md")
+    (version,) = (hub_folder / "org/name/snapshots").iterdir()
+    assert (version / "README.md").read_bytes().startswith(b"---\nlicense: mit\n")
+
+
 def test_verify_has_a_line_for_each_and_an_exit_code(call, model, hub_folder, tmp_path, card):
     call("push", model, "org/name", "--hub", hub_folder, "--card", card)
     code, out, err = call("verify", hub_folder)

@@ -11,6 +11,7 @@ from rich.table import Table
 from medmim.cli.terminal import Terminal, console, say
 from medmim.errors import SpecError
 from medmim.files import size_of
+from medmim.limits import UTF8
 
 CardOption = Annotated[Path | None, typer.Option(help="Markdown file; without it, a card is made from the record.")]
 ReplaceCardOption = Annotated[bool, typer.Option("--replace-card", help="Replaces the card that is there.")]
@@ -42,7 +43,7 @@ def push(name: str, repo: str, *, card: Path | None, message: str | None, dry_ru
     from medmim.publish import catalog_entry, catalog_file, plan_upload
 
     try:
-        text = card.read_text(encoding="utf-8") if card else None
+        text = card.read_text(encoding=UTF8) if card else None
     except UnicodeDecodeError:
         raise SpecError(f"{card}: not a text; save it as UTF-8") from None
     upload = plan_upload(name, repo, card=text, **options)
