@@ -171,6 +171,11 @@ class TrainingRecord(Record):
     before: TrainingRecord | None = None
     widened: bool = False
 
+    @property
+    def runs(self) -> tuple[TrainingRecord, ...]:
+        """The runs that the weights went through, the first one first."""
+        return (*(self.before.runs if self.before else ()), self)
+
     @model_validator(mode="before")
     @classmethod
     def _same_data(cls, values: Any) -> Any:

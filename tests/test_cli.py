@@ -135,6 +135,18 @@ def test_info_of_weights(call, name):
     assert weights.license in out
 
 
+def test_info_has_every_run_that_weights_went_through(call):
+    (weights,) = medmim.model_info("vit_t_mae3d.open_mix").weights
+    out = call("info", "vit_t_mae3d.open_mix")[1]
+    found = re.findall(r"^(?:trained|then) on +(\d+) volumes, (\d+) crops", out, re.MULTILINE)
+    runs, run = [], weights.training
+    while run is not None:
+        runs.insert(0, (str(run.volumes), str(run.crops)))
+        run = run.before
+    assert len(runs) > 1
+    assert found == runs
+
+
 def test_info_of_a_wrong_name_gives_the_nearest(call):
     code, out, err = call("info", "vit_t_mea3d")
     assert (code, out) == (1, "")

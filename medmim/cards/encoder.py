@@ -6,7 +6,7 @@ from medmim import hub, registry
 from medmim.cards import sections
 from medmim.markdown import markdown_table
 from medmim.samples import SampleScan, sample_scans
-from medmim.spec import DataSource, ModelSpec, TrainingRecord, VolumeSpec, WeightsSpec
+from medmim.spec import DataSource, ModelSpec, VolumeSpec, WeightsSpec
 
 PICTURE_FILE, DATA_FILE = "reconstruction.png", "data.csv"  # in a model folder
 DEMONSTRATION_HOURS = 24  # a shorter run shows that the path works, and little more
@@ -52,7 +52,7 @@ def _encoder_front_matter(spec: ModelSpec, weights: WeightsSpec) -> str:
         ],
         # Those that are on the Hub; the table below has all.
         datasets=sorted(
-            {source.name for run in _runs(weights) for source in run.data if hub.REPOSITORY.fullmatch(source.name)}
+            {source.name for run in training.runs for source in run.data if hub.REPOSITORY.fullmatch(source.name)}
         ),
     )
 
@@ -90,7 +90,7 @@ features = model(transform("scan.nii.gz")[None])  # {what}
 
 
 def _training(weights: WeightsSpec) -> str:
-    runs = _runs(weights)
+    runs = weights.training.runs
     rows = [
         (
             *(number, f"`{run.recipe}`", run.steps, run.crops, run.volumes),
@@ -111,18 +111,9 @@ def _training(weights: WeightsSpec) -> str:
     return f"## Pretraining\n\n{markdown_table(head, rows)}\n\n{' '.join(remarks)}"
 
 
-def _runs(weights: WeightsSpec) -> list[TrainingRecord]:
-    """The runs that the weights went through, the first one first."""
-    runs, run = [], weights.training
-    while run is not None:
-        runs.append(run)
-        run = run.before
-    return runs[::-1]
-
-
 def _data(weights: WeightsSpec, has_list: bool) -> str:
     """One table, with a column of volumes for each selection of data that was trained on."""
-    runs = _runs(weights)
+    runs = weights.training.runs
     selections: dict[tuple[DataSource, ...], list[int]] = {}
     for number, run in enumerate(runs, 1):
         selections.setdefault(run.data, []).append(number)

@@ -66,10 +66,10 @@ def _about(weights: WeightsSpec) -> Iterator[tuple[str, str]]:
     yield "size", f"{sum(file.size for file in weights.files) / 1e6:.1f} MB"
     spacing = f"voxels of {' x '.join(map(str, spec.spacing))} mm" if spec.spacing else "the scan's own voxels"
     yield "input", f"{', '.join(spec.modalities)}; axes {spec.orientation}; {spacing}"
-    if record:
+    for number, run in enumerate(record.runs if record else ()):
         yield (
-            "trained on",
-            f"{record.volumes} volumes, {record.crops} crops, {record.wall_hours:.1f} h on {record.hardware}",
+            "then on" if number else "trained on",
+            f"{run.volumes} volumes, {run.crops} crops, {run.wall_hours:.1f} h on {run.hardware}",
         )
     for evidence in weights.evidence:
         beside = f" (beside {_pairs(evidence.baselines)})" if evidence.baselines else ""
