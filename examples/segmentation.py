@@ -57,6 +57,7 @@ recipe = load_recipe(
         f"model.args.img_size=[{SIDE}, {SIDE}, {SIDE}]",
         f"schedule={{steps: {STEPS}, warmup: {STEPS // 10}}}",
         f"head_warmup={STEPS // 10}",
+        "optimizer.lr_scale={decoder: 20}",  # which starts at background everywhere, and has few steps to leave it
         f"output.checkpoint_every={STEPS // 2}",
         "overlap=0.25",
     ],
