@@ -51,6 +51,7 @@ recipe = load_recipe(
     "small/continued/vit_t_mae3d",
     [
         "model.weights=vit_t_mae3d",
+        "optimizer.lr=1e-4",  # at that of the recipe, so few steps make the weights worse
         f"batch_size={BATCH}",
         f"schedule={{steps: {STEPS}, warmup: {STEPS // 8}}}",
         "output.log_every=10",
