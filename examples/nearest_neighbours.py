@@ -5,7 +5,7 @@ of one chest CT the most similar one is looked up among those of the two other s
 
 It prints which slab was found for each, and the rank correlation of where slabs and their neighbours lie: 1 when all
 are in order. The same is done with two things that have learned nothing, random weights and the voxels themselves. On
-this task they do well, too: before you credit pretraining with a result, look at what it takes without.
+this task random weights do as well: before you credit pretraining with a result, look at what it takes without.
 """
 
 import torch
