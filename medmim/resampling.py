@@ -10,7 +10,8 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from torch import Tensor
 
-FACE = 1e-3  # of a voxel, which rounding in affines may put a place off
+DECIMALS = 3  # of a place in voxels, which count; what is smaller may be the rounding of affines
+FACE = 10**-DECIMALS
 
 SLAB_VOXELS = 8_000_000  # interpolated at a time; a coordinate grid needs 12 bytes a voxel
 
@@ -24,8 +25,8 @@ def resample_to(
         source: (C, D, H, W) with its affine.
         affine: Of the grid, voxel index to RAS mm: (4, 4).
         shape: Of the grid: (D', H', W').
-        mode: "nearest" takes whole voxels, of two that are as near the one of the lower index in `source`, so that it
-            does not matter which way the axes of the grid go; "bilinear" interpolates along all three axes.
+        mode: "nearest" takes whole voxels, of two that are as near the one of the even index in `source`, whichever way
+            the axes of the grid go; "bilinear" interpolates along all three axes.
 
     Returns:
         (C, D', H', W') in the type of `source`; zero where a voxel's centre lies outside of it.
@@ -53,7 +54,9 @@ def _picked(source: Tensor, to_source: Tensor, axes: list[int], shape: Sequence[
     indices, inside = [], []
     for along, axis in enumerate(axes):
         place = to_source[axis, along] * torch.arange(shape[along], dtype=to_source.dtype) + to_source[axis, 3]
-        indices.append((place - 0.5 - FACE).ceil().long().clamp(0, source.shape[axis + 1] - 1))
+        # Halfway between two it goes to the even one, so up as often as down: the whole is not shifted.
+        nearest = place.round(decimals=DECIMALS).round()
+        indices.append(nearest.long().clamp(0, source.shape[axis + 1] - 1))
         inside.append(_within(place, source.shape[axis + 1]))
     d, h, w = indices
     values = values[:, d[:, None, None], h[:, None], w]

@@ -83,3 +83,16 @@ def test_of_two_that_are_as_near_the_same_is_taken_whichever_way_a_grid_goes(sig
     )
     flipped = [axis + 1 for axis, sign in enumerate(signs) if sign < 0]
     torch.testing.assert_close(other.as_tensor().flip(flipped), one.as_tensor())
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5, 1.0, 1.5])
+def test_labels_do_not_move_where_voxels_lie_halfway(start):
+    """From 2 mm to 1 mm every other voxel does; were all of them taken from one side, the whole would move by half."""
+    coarse, fine = np.diag([2.0, 2, 2, 1]), np.eye(4)
+    coarse[:3, 3] = start
+    middle = np.array([30.3, 31.1, 29.6])
+    ball = np.linalg.norm(np.stack(np.meshgrid(*[np.arange(31) * 2 + start] * 3, indexing="ij"), -1) - middle, axis=-1)
+    source = MetaTensor(torch.from_numpy((ball < 15).astype(np.uint8))[None], affine=torch.from_numpy(coarse))
+    found = resample_to(source, torch.from_numpy(fine), (64, 64, 64), mode="nearest")[0].numpy()
+    np.testing.assert_allclose(np.argwhere(found).mean(axis=0), middle, atol=0.1)
+    assert found.sum() == pytest.approx(4 / 3 * np.pi * 15**3, rel=0.02)
