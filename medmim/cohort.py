@@ -28,7 +28,7 @@ def name_scans(paths: Iterable[Path], *, outside: Path | None = None) -> dict[st
         outside: A folder whose content is left out, such as that of results; it may lie in a folder of scans.
 
     Raises:
-        ScanError: When a scan is given twice.
+        ScanError: When a scan is given twice, or two of one folder differ in nothing but capitals.
         SpecError: When all of a folder of scans would be left out.
     """
     scans: dict[Path, Path] = {}  # as given, by the absolute path
@@ -49,8 +49,14 @@ def name_scans(paths: Iterable[Path], *, outside: Path | None = None) -> dict[st
         shared = [place for place, name in names.items() if times[_key(name)] > 1]
         if not shared:
             return {printable(names[place].as_posix()): scan for place, scan in scans.items()}
-        for place in shared:
-            length[place] = min(length[place] + 1, len(place.parts))
+        longer = {place: min(length[place] + 1, len(place.parts)) for place in shared}
+        if all(length[place] == parts for place, parts in longer.items()):
+            one, other = sorted(place for place in shared if _key(names[place]) == _key(names[shared[0]]))[:2]
+            raise ScanError(
+                f"{scans[one]}: its results would be called as those of {scans[other]}, on some file systems at least; "
+                "rename one, or give them in runs with outputs of their own"
+            )
+        length |= longer
 
 
 def _scans_of(path: Path, outside: Path | None) -> list[Path]:

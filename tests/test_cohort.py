@@ -54,6 +54,17 @@ def test_a_scan_given_twice_is_refused_however_it_is_spelled(tmp_path, monkeypat
             name_scans([path, other])
 
 
+@pytest.mark.parametrize(
+    "given", [["CT.nii.gz", "ct.nii.gz", "x.nii"], ["siteA/CT.nii", "sitea/CT.nii"], ["x.nii", "x.nii.gz", "x.nii.mha"]]
+)
+def test_scans_that_no_folder_tells_apart_are_refused(tmp_path, given):
+    paths = [scan(tmp_path / name) for name in given]
+    if len(set(tmp_path.rglob("*.*"))) < len(given):
+        pytest.skip("this file system takes capitals for small letters")
+    with pytest.raises(ScanError, match=r"would be called as those of .* on some file systems at least; rename one"):
+        name_scans(paths)
+
+
 def test_the_folder_above_has_a_name_too(tmp_path, monkeypatch):
     scan(tmp_path / "series" / "1.dcm")
     (tmp_path / "series" / "inner").mkdir()
