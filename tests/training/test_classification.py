@@ -367,6 +367,13 @@ def run_command(monkeypatch, capfd, *arguments) -> str:
     return captured.out
 
 
+def test_a_model_is_for_the_modality_that_it_was_trained_for(archive):
+    volume = {**VOLUME, "intensity": {**VOLUME["intensity"], "PET": {"kind": "percentile"}}}
+    for modality, expected in ((None, ("MR", "PET")), ("PET", ("PET",))):
+        model = classification.build_classifier(make_recipe(archive, volume=volume, modality=modality), CLASSES)
+        assert model.spec.volume.modalities == expected
+
+
 def test_the_command(archive, tmp_path, monkeypatch, capfd):
     path = tmp_path / "recipe.yaml"
     path.write_text(make_recipe("nowhere", schedule={"steps": 1}).to_yaml())

@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from monai.losses import DiceCELoss
 from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 from test_engine import Interrupted, stop_at
@@ -688,6 +689,21 @@ def test_pretrained_weights_are_where_it_starts(data, tmp_path):
     assert loaded.spec.volume.spacing == tuple(RECORD["volume"]["spacing"])
 
 
+def test_a_model_is_for_the_modality_that_it_was_trained_for(data, tmp_path):
+    """A CT without air looks like MR, and was prepared so by whoever did not name it in prediction."""
+    ct = {"kind": "window", "low": -1000, "high": 1000}
+    volume = {"spacing": (2, 2, 2), "intensity": {"CT": ct, "MR": {"kind": "percentile"}}}
+    scan = data / "imagesTr" / "case_7.nii.gz"
+    for modality in (None, "CT"):
+        finetune(make_recipe(data, volume=volume, modality=modality, schedule={"steps": 1}), tmp_path / str(modality))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    model = medmim.from_pretrained(tmp_path / "CT" / "model")
+    with pytest.raises(ScanError, match="seems to be MR, but these weights were trained on CT; pass modality="):
+        segment(model, scan)
+    assert segment(model, scan, modality="CT").labels.shape == (20, 28, 24)
+    assert medmim.from_pretrained(tmp_path / "None" / "model").spec.volume.modalities == ("CT", "MR")
+
+
 def test_what_cannot_be_run_is_said(recipe, data, finished, tmp_path, monkeypatch):
     with pytest.raises(SpecError, match="another recipe ran here"):
         finetune(make_recipe(data, seed=1), finished[1])
@@ -712,14 +728,15 @@ def test_what_cannot_be_run_is_said(recipe, data, finished, tmp_path, monkeypatc
 def test_the_command(data, tmp_path, monkeypatch, capfd):
     path = tmp_path / "recipe.yaml"
     path.write_text(make_recipe("nowhere", schedule={"steps": 2}).to_yaml())
-    arguments = ["finetune", str(path), f"data={data}", "labels=2", "seed=1", "-o", str(tmp_path / "run")]
+    arguments = ["finetune", str(path), f"data={data}", "labels=2", "seed=1"]
+    arguments += ["modality=MR", "-o", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", ["medmim-train", *arguments])
     with pytest.raises(SystemExit) as end:
         cli.main()
     out = capfd.readouterr().out
     assert not end.value.code
     assert "Dice" in out
-    assert f"local-dir:{tmp_path / 'run' / 'model'}" in out
+    assert f"local-dir:{tmp_path / 'run' / 'model'} --modality MR" in out
     assert len(json.loads((tmp_path / "run" / "split.json").read_text())["training"]) == 2
 
 

@@ -50,4 +50,5 @@ def finetune(
             progress.console.print(f"step {found.step}: {found}", highlight=False)
 
         run_finetuning(chosen, out, watch=watch, watch_validation=watch_validation)
-    say(f"done: {out}; use it: medmim {use} -m local-dir:{out / MODEL}")
+    named = f" --modality {chosen.modality}" if chosen.modality else ""
+    say(f"done: {out}; use it: medmim {use} -m local-dir:{out / MODEL}{named}")

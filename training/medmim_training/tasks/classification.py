@@ -50,7 +50,7 @@ def build_classifier(recipe: ClassificationRecipe, classes: Sequence[str]) -> nn
     if isinstance(model, Segmenter):
         raise SpecError(f"{settings.name} is a segmenter; name an encoder or a classifier")
     raise_positions(model, settings.position_gain)
-    name_classes(model, classes, volume=recipe.volume)
+    name_classes(model, classes, volume=recipe.trained_volume(recipe.volume or model.spec.volume))
     return model
 
 

@@ -83,7 +83,7 @@ class FineTuneRecipe(RunRecipe):
         labels: How much of the other folds is trained on: a share such as "10%", or a number of cases.
         classes: Their names by label.
         volume: Preprocessing; None is that of the encoder's weights.
-        modality: What the scans are; None takes it from each scan.
+        modality: What the scans are, and the model is for; None takes it from each scan.
         crops: How samples are drawn and changed.
         frozen: Trains the new parts alone, the encoder stays as it is.
         head_warmup: Steps in which the new parts are trained alone, before the encoder is too.
@@ -145,6 +145,16 @@ class FineTuneRecipe(RunRecipe):
                 "pictures_every is of pretraining; fine-tuning draws one at each validation, every checkpoint_every"
             )
         return value
+
+    def trained_volume(self, volume: VolumeSpec | None) -> VolumeSpec | None:
+        """Preprocessing with the rule of the recipe's modality alone, where it says one: no other is trained with.
+
+        A scan that seems to be of another modality than it is, as a CT without air, is refused then, not prepared
+        otherwise than in training.
+        """
+        if volume is None or self.modality not in volume.intensity:
+            return volume
+        return volume.model_copy(update={"intensity": {self.modality: volume.intensity[self.modality]}})
 
     def count_labels(self, cases: int) -> int:
         """How many of this many cases are trained on; at least one."""

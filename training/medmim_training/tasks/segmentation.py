@@ -15,7 +15,7 @@ from medmim.files import write_csv
 from medmim.heads.segmenter import Segmenter
 from medmim.pictures import segmentation_picture
 from medmim.segmentation import predict_labels
-from medmim.tasks import create_segmenter
+from medmim.tasks import create_segmenter, name_classes
 from medmim.transforms import VolumeTransform
 from medmim_training.balance import raise_positions
 from medmim_training.tasks import loop
@@ -62,6 +62,7 @@ def build_segmenter(recipe: SegmentationRecipe) -> Segmenter:
         **recipe.model.args,
     )
     raise_positions(model.encoder, recipe.model.position_gain)
+    name_classes(model, model.spec.task.classes, volume=recipe.trained_volume(model.spec.volume))
     return model
 
 
