@@ -275,6 +275,15 @@ def test_what_a_run_leaves(finished, archive, tmp_path):
     assert list(classify(loaded, tmp_path / "scan.nii.gz").values()) == pytest.approx(probabilities[0], abs=1e-5)
 
 
+def test_classes_that_are_called_as_other_columns_hide_nothing(archive, tmp_path):
+    finetune(make_recipe(archive, classes=("case", "label"), schedule={"steps": 1}), tmp_path)
+    with open(tmp_path / "scores.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == [f"val_{i:05d}" for i in range(8)]
+    assert {row["label"] for row in rows} == {"case", "label"}
+    assert all(float(row["class case"]) + float(row["class label"]) == pytest.approx(1, abs=1e-5) for row in rows)
+
+
 def test_a_killed_run_resumes_bit_for_bit(finished, recipe, tmp_path):
     with pytest.raises(Interrupted):
         finetune(recipe, tmp_path, watch=stop_at(5))

@@ -123,4 +123,6 @@ class ClassificationTask(loop.Task):
             (case.name, self.classes[case.label], *(f"{each:.6g}" for each in row))
             for case, row in zip(self.split.validation, self._probabilities().tolist(), strict=True)
         )
-        write_csv(path, ("case", "label", *self.classes), rows)
+        own = ("case", "label")
+        # A class of such a name gets the word that `ScanTable` puts before it, too.
+        write_csv(path, (*own, *(f"class {name}" if name in own else name for name in self.classes)), rows)
