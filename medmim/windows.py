@@ -70,8 +70,13 @@ def to_voxels(window: Window, patch_size: Size) -> Window:
 
 
 def crop_window(x: Tensor, window: Window, patch_size: Size, *, fill: float) -> Tensor:
-    """The voxels of a window of a volume (C, D, H, W), with `fill` where the volume ends before the window does."""
+    """The voxels of a window of a volume (C, D, H, W), with `fill` where the volume ends before the window does.
+
+    A view of the volume where it does not.
+    """
     voxels = to_voxels(window, patch_size)
     crop = x[:, *voxels]
     missing = [side.stop - side.start - have for side, have in zip(voxels, crop.shape[1:], strict=True)]
+    if not any(missing):
+        return crop
     return F.pad(crop, (0, missing[2], 0, missing[1], 0, missing[0]), value=fill)

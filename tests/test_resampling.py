@@ -94,5 +94,5 @@ def test_labels_do_not_move_where_voxels_lie_halfway(start):
     ball = np.linalg.norm(np.stack(np.meshgrid(*[np.arange(31) * 2 + start] * 3, indexing="ij"), -1) - middle, axis=-1)
     source = MetaTensor(torch.from_numpy((ball < 15).astype(np.uint8))[None], affine=torch.from_numpy(coarse))
     found = resample_to(source, torch.from_numpy(fine), (64, 64, 64), mode="nearest")[0].numpy()
-    np.testing.assert_allclose(np.argwhere(found).mean(axis=0), middle, atol=0.1)
+    np.testing.assert_allclose(np.argwhere(found).mean(axis=0), middle, atol=0.2)
     assert found.sum() == pytest.approx(4 / 3 * np.pi * 15**3, rel=0.02)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from resident import PeakSince
 
 MODEL = "vit_b_mae3d"
 COMMIT = "0" * 40  # of the repository in the cache
@@ -189,14 +190,13 @@ def _first_load(folder: Path) -> dict:
 def measure_load(load: Callable, imports: str, folder: Path) -> dict:
     """The seconds of a load, what it added to resident memory at its peak, and what it loaded, in bytes and in sum."""
     exec(imports, {})
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = _resident("VmRSS")
+    peak = PeakSince()
     start = time.perf_counter()
     model = load(folder)
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
-        "peak": _resident("VmHWM") - before,
+        "peak": peak.bytes(),
         "bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "checksum": sum(parameter.double().sum().item() for parameter in model.parameters()),
     }
@@ -207,11 +207,6 @@ def measure_list(package: str, folder: Path) -> dict:
     start = time.perf_counter()
     __import__(package).list_models()
     return {"seconds": time.perf_counter() - start}
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 IMPORTS = "import medmim.factory, medmim.models.vit, safetensors.torch, huggingface_hub.file_download"
