@@ -72,9 +72,11 @@ def check_output(path: Path, suffix: str, *, otherwise: str = "") -> None:
 
 
 def load_model(name: str) -> nn.Module:
-    """A model with its weights, on a GPU where there is one."""
+    """A model with its weights, on a GPU where there is one; else this process is made ready to compute."""
     import torch
 
     from medmim.factory import create_model
+    from medmim.memory import keep_freed_memory
 
+    keep_freed_memory()
     return create_model(name, pretrained=True, device="cuda" if torch.cuda.is_available() else None)

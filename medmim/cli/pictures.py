@@ -74,7 +74,9 @@ def demo(
     Example: `medmim demo -o medmim-demo`
     """
     from medmim.demo import run_demo
+    from medmim.memory import keep_freed_memory
 
+    keep_freed_memory()
     check_writable(output / "features.safetensors")
     with progress_bar("sample scans") as progress:
         result = run_demo(output, model=model, progress=progress)

@@ -50,6 +50,15 @@ def test_growth_plans_the_network_that_it_measures():
     assert plan.flops_per_crop * 2 == step._flops(made)
 
 
+def test_segmenting(tmp_path):
+    import segmenting
+
+    segmenting.main(side=48, window=32, classes=3, rounds=1, out=tmp_path / "segmenting.json")
+    result = json.loads((tmp_path / "segmenting.json").read_text())
+    assert set(result["times_medmim"]) == {"MONAI", "MONAI, memory kept"}
+    assert all(peak["median"] > 0 for peak in result["peak_megabytes"].values())
+
+
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")  # MONAI's
 def test_a_step(tmp_path):
     import step

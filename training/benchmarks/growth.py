@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import typer
 from common import RESULTS, median, seconds_of, write_result
 from step import Network, breakdown, make_step, of_medmim
 
-from medmim_training.memory import keep_freed_memory
+from medmim.memory import keep_freed_memory
 from medmim_training.plan import make_plan
 from medmim_training.precision import resolve_precision
 from medmim_training.recipe import Recipe, load_recipe
@@ -36,8 +35,7 @@ def main(
 ) -> None:
     """Measures, and writes the result to OUT."""
     precision = resolve_precision(precision)
-    if not torch.cuda.is_available():
-        keep_freed_memory()  # as `medmim-train pretrain` does
+    keep_freed_memory()  # as `medmim-train pretrain` does
     networks = [Network(side=side, width=width, heads=width // 64) for side in SIDES]
     plans = {
         (batch, network): make_plan(recipe_of(network, precision, batch)) for batch in BATCHES for network in networks

@@ -95,12 +95,24 @@ def _loading(record: dict[str, Any]) -> Iterable[str]:
     )
 
 
+def _segmenting(record: dict[str, Any]) -> Iterable[str]:
+    rows = [[name, *_compared(record, name), _spread(record["peak_megabytes"][name])] for name in record["seconds"]]
+    yield markdown_table(["", "seconds", "times ours", "peak memory, MB"], rows)
+
+
 def _waiting(record: dict[str, Any]) -> Iterable[str]:
     waiting, speed = record["share_waiting"]["median"], _spread(record["crops_per_second"])
     yield f"A step waits for its crops {waiting:.2%} of the time (median), at {speed} crops a second."
 
 
-SECTIONS = {"step": _step, "growth": _growth, "crops": _crops, "waiting": _waiting, "loading": _loading}
+SECTIONS = {
+    "step": _step,
+    "growth": _growth,
+    "crops": _crops,
+    "waiting": _waiting,
+    "loading": _loading,
+    "segmenting": _segmenting,
+}
 
 
 # --- parts of a section ----------------------------------------------------------------------------------------------

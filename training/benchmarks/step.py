@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import medmim
 from medmim.layers.position import sincos_position
 from medmim.layers.tokens import patchify
-from medmim_training.memory import keep_freed_memory
+from medmim.memory import keep_freed_memory
 from medmim_training.methods.mae import MAE
 from medmim_training.optimization import clip_gradients
 from medmim_training.plan import matrix_product_rate
@@ -139,7 +139,7 @@ class OwnProcess:
 
 def _serve(pipe: Connection, name: str, network: Network, batch: int, precision: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    if name in KEEP_MEMORY and not torch.cuda.is_available():
+    if name in KEEP_MEMORY:
         keep_freed_memory()
     model, loss_of = CANDIDATES[name](network)
     step = make_step(name, model, loss_of, network, batch, precision)

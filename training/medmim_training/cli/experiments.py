@@ -37,6 +37,7 @@ def reproduce(
 
     Example: `medmim-train reproduce paper-small --data Task04_Hippocampus -o runs/paper-small`
     """
+    from medmim.memory import keep_freed_memory
     from medmim_training.reproduce.experiment import load_experiment
     from medmim_training.reproduce.page import PAGE, write_report
     from medmim_training.reproduce.runner import Progress as RunProgress
@@ -46,6 +47,7 @@ def reproduce(
     use_threads(threads)
     chosen = load_experiment(experiment)
     check_writable(out / "report" / PAGE)
+    keep_freed_memory()
     if smoke and data is None:
         data = out / "shapes"
         write_shapes(data, cases=5, tests=1)

@@ -26,6 +26,7 @@ def finetune(
 
     Example: `medmim-train finetune finetune/vit_t_unetr data=Task04_Hippocampus labels=10% -o runs/hippocampus`
     """
+    from medmim.memory import keep_freed_memory
     from medmim_training.engine import RECIPE_FILE
     from medmim_training.recipe import load_recipe
     from medmim_training.record import Report
@@ -36,6 +37,7 @@ def finetune(
     use_threads(threads)
     chosen = load_recipe(recipe, overrides or [], kind=FineTuneRecipe)
     check_writable(out / RECIPE_FILE)
+    keep_freed_memory()
     use = "segment SCAN -o masks" if chosen.task == "segmentation" else "classify SCAN -o classes.csv"
     what, state = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[state]}"))
     columns = what, BarColumn(), MofNCompleteColumn(), state

@@ -38,6 +38,7 @@ def probe(
 
     Example: `medmim-train probe vit_t_mae3d data=cases.csv -o probe`
     """
+    from medmim.memory import keep_freed_memory
     from medmim_training.recipe import make_settings
     from medmim_training.tasks.probe import RESULTS
     from medmim_training.tasks.probe import probe as run_probe
@@ -48,6 +49,7 @@ def probe(
         {"model": {"name": model, "pretrained": not scratch}}, overrides or [], kind=ProbeRecipe, source="probe"
     )
     check_writable(out / f"{RESULTS}.json")
+    keep_freed_memory()
     with progress_bar() as progress:
         task = progress.add_task("encoding", total=None)
         results = run_probe(
@@ -86,11 +88,13 @@ def evaluate(
 
     from medmim.factory import create_decoder, create_model
     from medmim.files import write_text
+    from medmim.memory import keep_freed_memory
     from medmim_training.evaluate import evaluate_reconstruction
     from medmim_training.store.sources import find_sources
 
     if out:
         check_writable(out)
+    keep_freed_memory()
     encoder = create_model(model, pretrained=True)
     decoder = create_decoder(encoder)
     sources = find_sources(source, where or [], tell=say)
@@ -122,10 +126,12 @@ def evaluate_segmenter(
     """
     import math
 
+    from medmim.memory import keep_freed_memory
     from medmim_training.tasks.evaluation import evaluate_run, means_of, write_evaluation
 
     side = "validation" if validation else "test"
     check_writable((out or run) / f"{side}.json")
+    keep_freed_memory()
     with progress_bar() as progress:
         scores = evaluate_run(run, side, report=reporting(progress, f"{side} cases", None))
     means = means_of(scores)

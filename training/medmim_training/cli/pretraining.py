@@ -43,18 +43,15 @@ def pretrain(
         return
     if data is None or out is None:
         raise typer.BadParameter("a run needs --data STORE and --out FOLDER; --plan does without")
-    import torch
-
+    from medmim.memory import keep_freed_memory
     from medmim_training.engine import RECIPE_FILE
     from medmim_training.engine import pretrain as run_pretraining
-    from medmim_training.memory import keep_freed_memory
     from medmim_training.record import Report
     from medmim_training.store.index import Store
 
     check_writable(out / RECIPE_FILE)
     store = Store(data)
-    if not torch.cuda.is_available():
-        keep_freed_memory()
+    keep_freed_memory()
     what, state = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[state]}"))
     columns = what, BarColumn(), MofNCompleteColumn(), state
     with Progress(*columns, console=console) as progress:

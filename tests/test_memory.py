@@ -11,7 +11,7 @@ import pytest
 FAULTS = """
 import resource
 import torch
-from medmim_training.memory import keep_freed_memory
+from medmim.memory import keep_freed_memory
 
 if {keep}:
     keep_freed_memory()
