@@ -10,7 +10,7 @@ from pathlib import Path
 from medmim.errors import ScanError, SpecError, printable
 from medmim.files import check_writable, write_csv
 from medmim.folders import find_scans
-from medmim.formats import SCAN_SUFFIXES
+from medmim.formats import without_suffix
 from medmim.limits import read_csv
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def name_scans(paths: Iterable[Path], *, outside: Path | None = None) -> dict[st
                 raise ScanError(f"{scan}: given twice; leave one out")
             scans[place] = scan
             length[place] = max(len(place.parts) - len(_absolute(path).parts), 1)
-    stems = {place: place.with_name(_without_suffix(place.name)) for place in scans}
+    stems = {place: place.with_name(without_suffix(place.name)) for place in scans}
     taken = Counter(map(_key, stems.values()))
     stems = {place: stem if taken[_key(stem)] == 1 else place for place, stem in stems.items()}
     while True:
@@ -77,11 +77,6 @@ def _is_in(path: Path, folder: Path) -> bool:
 
 def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # without "..", and with the name of a link, not of what it leads to
-
-
-def _without_suffix(name: str) -> str:
-    suffix = max((suffix for suffix in (*SCAN_SUFFIXES, "") if name.lower().endswith(suffix)), key=len)
-    return name[: len(name) - len(suffix)] or name
 
 
 def _key(name: Path) -> str:

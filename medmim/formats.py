@@ -21,6 +21,12 @@ DICOM_PREAMBLE, DICOM_MAGIC = 128, b"DICM"  # bytes before it, and what tells a 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
+def without_suffix(name: str) -> str:
+    """The name of a scan without what tells its format; that of a folder stays whole, whatever dots are in it."""
+    known = (suffix for suffix in (*SCAN_SUFFIXES, DICOM_SUFFIX, "") if name.lower().endswith(suffix))
+    return name[: len(name) - len(max(known, key=len))] or name
+
+
 def check_frames(shape: tuple[int, ...], path: Path) -> None:
     """Refuses what is more than one 3-D scan, before its voxels are read."""
     if len(shape) > 4 and max(shape[4:]) > 1:

@@ -35,6 +35,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,  # a token may be among them
     help="Encoders for 3-D medical scans, pretrained by masked image modelling.",
 )
 for name, command in COMMANDS.items():

@@ -331,6 +331,13 @@ def test_two_cases_of_one_name_are_refused(data, tmp_path):
         find_cases(tmp_path / "list.csv")
 
 
+def test_dots_in_the_name_of_a_series_belong_to_it(tmp_path):
+    """Those of one study differ in nothing but the last number."""
+    series = [f"1.2.840.{number}" for number in (1, 2)]
+    (tmp_path / "list.csv").write_text("image,label\n" + "".join(f"{name},{name}.nii.gz\n" for name in series))
+    assert [case.name for case in find_cases(tmp_path / "list.csv")] == series
+
+
 def test_classes_of_the_decathlon(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "2": "box", "1": "ball"}}))
     assert find_classes(tmp_path, ()) == CLASSES

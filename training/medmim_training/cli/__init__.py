@@ -31,7 +31,13 @@ COMMANDS = {
 
 EXTRA = {"accelerate", "blosc2", "filelock", "sklearn", "tensorboard", "yaml"}  # modules of the extra `train`
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,  # a token may be among them
+    help=__doc__,
+)
 for name, command in COMMANDS.items():
     app.command(name)(command)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from medmim.errors import ScanError, SpecError
 from medmim.folders import find_scans
-from medmim.formats import NIFTI_SUFFIXES
+from medmim.formats import without_suffix
 from medmim.layers.tokens import Size
 from medmim.limits import LIST_BYTES, read_json
 from medmim.transforms import VolumeTransform, label_type, labels_on_grid
@@ -231,7 +231,7 @@ def _of_folder(folder: Path) -> list[Case]:
         label = folder / LABELS / image.name
         if not label.is_file():
             raise SpecError(f"{image}: has no labels, {label} is missing")
-        name = case_name(image)
+        name = without_suffix(image.name)
         cases.append(Case(name, image, label, group=name))
     if not cases:
         raise SpecError(f"{folder}: no scans in {IMAGES}; it must have {IMAGES} and {LABELS}, or give a CSV file")
@@ -240,14 +240,8 @@ def _of_folder(folder: Path) -> list[Case]:
 
 def _of_row(row: dict[str, str], source: Path) -> Case:
     image = source.parent / row["image"]
-    name = row.get("case") or case_name(image)
+    name = row.get("case") or without_suffix(image.name)
     return Case(name, image, source.parent / row["label"], group=name)
-
-
-def case_name(image: Path) -> str:
-    """What a case is called that nothing names: its file, without the suffix."""
-    suffix = next((suffix for suffix in reversed(NIFTI_SUFFIXES) if image.name.endswith(suffix)), image.suffix)
-    return image.name.removesuffix(suffix)
 
 
 def _side(case: Case, rows: dict[str, dict[str, str]], source: str) -> str:

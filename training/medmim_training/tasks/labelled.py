@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from medmim.errors import SpecError
+from medmim.formats import without_suffix
 from medmim_training.tables import first_twice, read_rows
-from medmim_training.tasks.cases import TRAINS, Case, case_name, with_splits
+from medmim_training.tasks.cases import TRAINS, Case, with_splits
 
 ARCHIVE = ".npz"
 SIDES = {"train": {"fold": TRAINS}, "val": {"fold": 0}, "test": {"is_test": True}}  # of MedMNIST's archives
@@ -48,7 +49,7 @@ def find_labelled(
         rows = read_rows(data, needed=("image", "label"))
         numbers, classes = _numbered([row["label"] for row in rows], tuple(classes))
         images = [data.parent / row["image"] for row in rows]
-        names = [row.get("case") or case_name(image) for row, image in zip(rows, images, strict=True)]
+        names = [row.get("case") or without_suffix(image.name) for row, image in zip(rows, images, strict=True)]
         cases = [Case(*each, group=each[0]) for each in zip(names, images, numbers, strict=True)]
         cases = with_splits(cases, dict(zip(names, rows, strict=True)), splits, source=data)
     if not classes:
