@@ -147,6 +147,19 @@ def test_info_has_every_run_that_weights_went_through(call):
     assert found == runs
 
 
+def test_info_of_a_folder(call, model, tmp_path):
+    code, out, err = call("info", model)
+    assert (code, err) == (0, "")
+    assert re.search(r"^licence +Apache-2.0 *$", out, re.MULTILINE)
+    assert "embed_dim 24" in out
+    segmenter = medmim.create_segmenter(model, "light", classes=("background", "ball"), pretrained=True)
+    medmim.save_pretrained(segmenter, tmp_path / "model.v1")
+    assert re.search(r"^segmentation +background, ball *$", call("info", f"local-dir:{tmp_path}/model.v1")[1], re.M)
+    code, _, err = call("info", f"local-dir:{tmp_path}/nothing")
+    assert code == 1
+    assert f"{tmp_path}/nothing" in err
+
+
 def test_info_of_a_wrong_name_gives_the_nearest(call):
     code, out, err = call("info", "vit_t_mea3d")
     assert (code, out) == (1, "")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from medmim.cli.options import HubOption
 from medmim.cli.terminal import console, new_table
 from medmim.errors import UnknownModelError
 
@@ -40,28 +41,52 @@ def list_command(
     console.print(table)
 
 
-def info(name: Annotated[str, typer.Argument(help="A name of `medmim list`.")]) -> None:
+def info(
+    name: Annotated[str, typer.Argument(help="A name of `medmim list`, local-dir:FOLDER or hf-hub:ORG/NAME.")],
+    hub: HubOption = None,
+) -> None:
     """Shows what a model is, what its weights were trained on, and how to cite them.
 
     Example: `medmim info vit_t_mae3d`
     """
-    from medmim.registry import model_info
-
-    model = model_info(name)
-    rows = [("model", model.name), ("what", model.description), ("arguments", _pairs(model.args))]
-    for weights in model.weights:
-        rows += [("", ""), ("weights", f"{model.name}.{weights.tag}"), *_about(weights)]
-    if not model.weights:
-        rows += [("weights", "none yet")]
     table = Table.grid(padding=(0, 2))
-    for row in rows:
+    for row in _of_place(name) if ":" in name else _of_catalog(name):
         table.add_row(*row)
     console.print(table)
 
 
-def _about(weights: WeightsSpec) -> Iterator[tuple[str, str]]:
-    """What a reader wants to know of a set of weights, as pairs of a word and a text."""
+def _of_catalog(name: str) -> Iterator[tuple[str, str]]:
+    """A model of the catalog, as pairs of a word and a text, with all its weights or those that are named."""
+    from medmim.registry import model_info
+
+    model = model_info(name)
+    yield from (("model", model.name), ("what", model.description), ("arguments", _pairs(model.args)))
+    for weights in model.weights:
+        yield from _about(f"{model.name}.{weights.tag}", weights)
+    if not model.weights:
+        yield "weights", "none yet"
+
+
+def _of_place(name: str) -> Iterator[tuple[str, str]]:
+    """The model of a folder or a repository, likewise."""
+    from medmim.access import HubAccess
+    from medmim.resolution import resolve
+
+    spec, _ = resolve(name, None, HubAccess(), needs_weights=False)
+    yield from (("model", spec.architecture), ("arguments", _pairs(spec.args)))
+    if spec.task is not None:
+        yield spec.task.kind, ", ".join(spec.task.classes)
+    if spec.weights is None:
+        yield "weights", "of unknown origin"
+    else:
+        yield from _about(spec.weights.tag, spec.weights)
+
+
+def _about(name: str, weights: WeightsSpec) -> Iterator[tuple[str, str]]:
+    """What a reader wants to know of a set of weights, after an empty line."""
     spec, record = weights.volume, weights.training
+    yield "", ""
+    yield "weights", name
     yield "licence", weights.license
     yield "size", f"{sum(file.size for file in weights.files) / 1e6:.1f} MB"
     spacing = f"voxels of {' x '.join(map(str, spec.spacing))} mm" if spec.spacing else "the scan's own voxels"
