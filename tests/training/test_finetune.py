@@ -26,6 +26,7 @@ from fakes import RECORD, tiny_model
 from medmim.errors import ScanError, SpecError
 from medmim.segmentation import segment
 from medmim.transforms import VolumeTransform
+from medmim.volumes import load_volume
 from medmim_training import cli
 from medmim_training.engine import NonFiniteLossError
 from medmim_training.preemption import Preempted
@@ -37,6 +38,7 @@ from medmim_training.tasks.cases import (
     find_cases,
     find_classes,
     load_case,
+    load_labels,
     pad_around,
     split_cases,
     with_splits,
@@ -784,15 +786,25 @@ def test_labels_are_checked_in_the_last_evaluation_as_in_training(finished, data
     stored = nib.load(case.label)
     flipped = nib.Nifti1Image(np.asarray(stored.dataobj)[::-1], stored.affine @ np.diag([-1.0, 1, 1, 1]))
     halves = nib.Nifti1Image(np.asarray(stored.dataobj) * np.float32(0.5), stored.affine)
-    nearly = nib.Nifti1Image(np.minimum(stored.dataobj, np.nextafter(np.float32(1), np.float32(2))), stored.affine)
+    nearly = nib.Nifti1Image(np.minimum(stored.dataobj, np.float32(1.02)), stored.affine)
     for image, message in (
         (flipped, "does not lie on its scan"),
-        (halves, r"labels must be 0 to 2.* holds 0\.5$"),
-        (nearly, r"labels must be 0 to 2.* holds 1\.00000012$"),
+        (halves, r"labels must be 0 to 2.* holds 0\.5; save it as whole numbers"),
+        (nearly, r"labels must be 0 to 2.* holds 1\.01999998; save it as whole numbers"),
     ):
         nib.save(image, tmp_path / "label.nii.gz")
         with pytest.raises(ScanError, match=rf"label\.nii\.gz: {message}"):
             evaluate_segmenter(finished[0], [replace(case, label=tmp_path / "label.nii.gz")])
+
+
+def test_labels_that_a_header_scales_are_rounded(tmp_path):
+    """As nibabel stores real numbers in bytes: with 0 to 2, what was 1 is read as 1.004."""
+    labels = (np.arange(24).reshape(2, 3, 4) % 3).astype(np.float32)
+    image = nib.Nifti1Image(labels, np.eye(4))
+    image.set_data_dtype(np.uint8)
+    nib.save(image, tmp_path / "label.nii")
+    assert not np.array_equal(load_volume(tmp_path / "label.nii").array[0], labels)
+    np.testing.assert_array_equal(load_labels(tmp_path / "label.nii", num_classes=3).array[0], labels)
 
 
 def test_what_cannot_be_tested_is_said(recipe, data, tmp_path):

@@ -31,6 +31,7 @@ MEAN = "mean"  # in results, beside the names of the classes
 FOLDS = 5
 SPLIT_WORDS = {"": "train", "train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
 SPLIT_COLUMNS = ("fold", "split", "subject_group")
+SCALING = 0.01  # how far a scaling in the header may put a label off
 TRAINS = -1  # in place of a fold, where the data says who validates: that of a case that never does
 
 
@@ -298,16 +299,23 @@ def load_case(case: Case, transform: VolumeTransform, *, num_classes: int) -> Lo
 def load_labels(path: Path, *, num_classes: int) -> Volume:
     """Reads a file with a label a voxel.
 
+    Labels that a scaling in the header puts a little off, as programs write it that keep real numbers in few bits, are
+    rounded.
+
     Raises:
         ScanError: When it cannot be read, or holds anything but whole numbers from 0 to below `num_classes`.
     """
     labels = load_volume(path)
     values = np.unique(labels.array)
-    wrong = values[(values != np.round(values)) | (values < 0) | (values >= num_classes)]
+    whole = np.round(values)
+    wrong = values[~(np.abs(values - whole) <= SCALING) | (whole < 0) | (whole >= num_classes)]
     if len(wrong):
         found = ", ".join(f"{value:.9g}" for value in wrong[:8].tolist())
-        raise ScanError(f"{path}: labels must be 0 to {num_classes - 1}, one a class, but it holds {found}")
-    return labels
+        raise ScanError(
+            f"{path}: labels must be 0 to {num_classes - 1}, one a class, but it holds {found}; save it as whole "
+            "numbers, or name all classes"
+        )
+    return labels if np.array_equal(values, whole) else replace(labels, array=np.round(labels.array))
 
 
 def pad_around(x: Tensor, size: Size, *, value: float) -> tuple[Tensor, tuple[slice, slice, slice]]:
