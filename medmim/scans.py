@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from itertools import product
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 from monai.data import MetaTensor
 from monai.utils import MetaKeys, SpaceKeys
+from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import SpatialImage
 from torch import Tensor, bfloat16
 
@@ -20,7 +22,7 @@ from medmim.volumes import Volume, load_volume
 
 Scan = str | PathLike | Sequence[str | PathLike] | Volume | np.ndarray | Tensor | SpatialImage
 
-AFFINE_TOLERANCE = 1e-2  # mm: programs round what they write into headers
+ROUNDING = 0.1  # of a voxel, by which the rounding of programs that write headers may put a grid off
 
 
 def as_volume(scan: Scan, grid_affine: np.ndarray) -> Volume:
@@ -54,12 +56,20 @@ def as_volume(scan: Scan, grid_affine: np.ndarray) -> Volume:
     )
 
 
+def same_place(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> bool:
+    """Whether two affines (4, 4) put a grid (D, H, W) in one place, its corners within a tenth of a voxel."""
+    corners = np.array(list(product(*((0, side - 1) for side in shape))))
+    apart = corners @ (affine - other)[:3, :3].T + (affine - other)[:3, 3]
+    return bool(np.linalg.norm(apart, axis=1).max() < ROUNDING * voxel_sizes(other).min())
+
+
 def _of_channels(paths: Sequence[str | PathLike]) -> Volume:
     """One channel a file, all on the grid of the first; modalities that differ are told as "CT and PET"."""
     volumes = [load_volume(path) for path in paths]
     first = volumes[0]
     for other in volumes[1:]:
-        if other.array.shape != first.array.shape or not np.allclose(other.affine, first.affine, atol=AFFINE_TOLERANCE):
+        shape = first.array.shape
+        if other.array.shape != shape or not same_place(other.affine, first.affine, shape[1:]):
             raise ScanError(
                 f"{other.name}: does not lie on {first.name} ({other.array.shape[1:]} voxels for "
                 f"{first.array.shape[1:]}, or another affine); resample one to the other"

@@ -24,7 +24,7 @@ from medmim.heads.segmenter import Segmenter
 from medmim.identity import name_of, uncompiled
 from medmim.inference import evaluating
 from medmim.nifti import header_affine, nifti_header
-from medmim.scans import AFFINE_TOLERANCE
+from medmim.scans import same_place
 from medmim.transforms import create_transform, label_type
 from medmim.volumes import load_volume
 from medmim.windows import cover, covering_grid, crop_window, in_batches, to_voxels
@@ -122,7 +122,7 @@ def read_segmentation(
         raise ScanError(
             f"{path}: has {times(labels.shape)} voxels, and the scan {times(theirs.get_data_shape()[:3])}; {cure}"
         )
-    if theirs is not None and not np.allclose(volume.affine, header_affine(theirs), atol=AFFINE_TOLERANCE):
+    if theirs is not None and not same_place(volume.affine, header_affine(theirs), volume.array.shape[1:]):
         raise ScanError(f"{path}: lies elsewhere than the scan; {cure}")
     if labels.min() < 0 or labels.max() >= len(classes) or (labels.dtype.kind == "f" and (labels % 1).any()):
         raise ScanError(f"{path}: its values are not the labels 0 to {len(classes) - 1} of a mask; {cure}")

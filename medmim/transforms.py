@@ -21,7 +21,7 @@ from medmim.errors import ScanError, SpecError
 from medmim.intensity import intensity_map
 from medmim.limits import VOXELS
 from medmim.resampling import resample_to
-from medmim.scans import AFFINE_TOLERANCE, Scan, as_volume
+from medmim.scans import Scan, as_volume, same_place
 from medmim.spec import VolumeSpec
 from medmim.volumes import Volume
 
@@ -248,7 +248,7 @@ def check_labels_place(labels: Volume, *, shape: tuple[int, ...], affine: np.nda
     Raises:
         ScanError: With what differs.
     """
-    if labels.array.shape[1:] != shape or not np.allclose(labels.affine, affine, atol=AFFINE_TOLERANCE):
+    if labels.array.shape[1:] != shape or not same_place(labels.affine, affine, shape):
         raise ScanError(
             f"{labels.name}: does not lie on its scan ({labels.array.shape[1:]} voxels for {shape}, or another affine)"
             "; resample it to the scan"

@@ -14,6 +14,7 @@ from torch import nn
 from medmim.errors import ScanError, SpecError
 from medmim.formats import LPS_TO_RAS
 from medmim.intensity import IntensityMap, intensity_map
+from medmim.scans import same_place
 from medmim.spec import ModelSpec, Percentile, VolumeSpec, Window, ZScore
 from medmim.transforms import VolumeTransform, create_transform, guess_modality, to_grid
 from medmim.volumes import Volume, load_volume
@@ -327,6 +328,16 @@ def test_inverse_has_the_outermost_slices(axes, size):
     x = transform(volume)
     # Of 32 voxels of 1 mm, the last centre is half a voxel behind the last of 16 of 2 mm.
     assert transform.inverse(torch.ones(x.shape), like=x, labels=True).all()
+
+
+@pytest.mark.parametrize(
+    ("spacing", "off", "same"), [(0.703125, 0.0, True), (0.7031, 0.0, True), (0.71, 0.0, False), (0.7031, 0.2, False)]
+)
+def test_a_spacing_that_is_a_little_off_counts_where_the_scan_ends(spacing, off, same):
+    """Rounded to four digits it is the same grid; off by a hundredth of a millimetre, 512 voxels end 3.5 mm apart."""
+    scan, labels = np.diag([0.703125, 0.703125, 5, 1]), np.diag([spacing, spacing, 5, 1])
+    labels[2, 3] = off
+    assert same_place(labels, scan, (512, 512, 3)) is same
 
 
 def test_inverse_needs_the_geometry():
