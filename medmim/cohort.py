@@ -115,8 +115,7 @@ class ScanTable:
 
     Args:
         path: The file; rows that it has already stay.
-        columns: Of numbers, besides the first, which is `scan`; a class that is called as another column is has the
-            word `class` before its name.
+        columns: Of numbers, besides the first, which is `scan`; see `class_columns`.
         model: Which one computes the numbers, see `medmim.identity`.
 
     Raises:
@@ -125,8 +124,7 @@ class ScanTable:
     """
 
     def __init__(self, path: Path, columns: Sequence[str], *, model: str) -> None:
-        own = ("scan", "file", "model")
-        numbers = [f"class {column}" if column in own else column for column in columns]
+        numbers = class_columns(columns, beside=("scan", "file", "model"))
         self.path, self.model, self.header = path, model, ["scan", *numbers, "file", "model"]
         self.rows: dict[str, list[str]] = {}
         check_writable(path)
@@ -167,6 +165,11 @@ class ScanTable:
         """Adds the row of a scan, or replaces it."""
         self.rows[name] = [*(f"{value:.6g}" for value in values), file_of(scan), self.model]
         write_csv(self.path, self.header, ([each, *row] for each, row in self.rows.items()))
+
+
+def class_columns(classes: Iterable[str], *, beside: Sequence[str]) -> list[str]:
+    """Columns of classes in a table: a class that is called as one of those beside has the word `class` before it."""
+    return [f"class {name}" if name in beside else name for name in classes]
 
 
 def file_of(scan: Path) -> str:

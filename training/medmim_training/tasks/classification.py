@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medmim.cohort import class_columns
 from medmim.errors import SpecError
 from medmim.factory import create_model
 from medmim.files import write_csv
@@ -124,5 +125,4 @@ class ClassificationTask(loop.Task):
             for case, row in zip(self.split.validation, self._probabilities().tolist(), strict=True)
         )
         own = ("case", "label")
-        # A class of such a name gets the word that `ScanTable` puts before it, too.
-        write_csv(path, (*own, *(f"class {name}" if name in own else name for name in self.classes)), rows)
+        write_csv(path, (*own, *class_columns(self.classes, beside=own)), rows)
