@@ -71,22 +71,10 @@ def main(
 
 def recipe_of(network: Network, precision: str, batch: int) -> Recipe:
     """One of the same network, and so many crops a step."""
-    model = {
-        "img_size": [network.side] * 3,
-        "patch_size": [network.patch] * 3,
-        "embed_dim": network.width,
-        "depth": network.depth,
-        "num_heads": network.heads,
-    }
-    decoder = {
-        "embed_dim": network.decoder_width,
-        "depth": network.decoder_depth,
-        "num_heads": network.decoder_heads,
-    }
     overrides = {
-        "model.args": json.dumps(model),
+        "model.args": json.dumps(network.encoder_args),
         "method.args.ratio": network.ratio,
-        "method.args.decoder": json.dumps(decoder),
+        "method.args.decoder": json.dumps(network.decoder_args),
         "batch_size": batch,
         "precision": precision,
     }

@@ -55,6 +55,22 @@ class Network:
     decoder_heads: int = 6
     ratio: float = 0.75
 
+    @property
+    def encoder_args(self) -> dict[str, Any]:
+        """Of `medmim.create_model`."""
+        return {
+            "img_size": [self.side] * 3,
+            "patch_size": [self.patch] * 3,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+        }
+
+    @property
+    def decoder_args(self) -> dict[str, Any]:
+        """Of `MAEDecoder`."""
+        return {"embed_dim": self.decoder_width, "depth": self.decoder_depth, "num_heads": self.decoder_heads}
+
 
 def main(
     batch: int = 4,
@@ -192,20 +208,8 @@ def _trained(model: nn.Module) -> int:
 
 
 def of_medmim(network: Network) -> Candidate:
-    encoder = medmim.create_model(
-        "vit_b_mae3d",
-        img_size=(network.side,) * 3,
-        patch_size=(network.patch,) * 3,
-        embed_dim=network.width,
-        depth=network.depth,
-        num_heads=network.heads,
-    )
-    decoder = {
-        "embed_dim": network.decoder_width,
-        "depth": network.decoder_depth,
-        "num_heads": network.decoder_heads,
-    }
-    method = MAE(encoder, ratio=network.ratio, loss="mse", decoder=decoder)
+    encoder = medmim.create_model("vit_b_mae3d", **network.encoder_args)
+    method = MAE(encoder, ratio=network.ratio, loss="mse", decoder=network.decoder_args)
     generator = torch.Generator().manual_seed(0)
     return method, lambda x: method({"x": x[:, None]}, generator).loss
 
