@@ -33,7 +33,7 @@ def test_crops(tmp_path):
     import crops
 
     crops.main(shape=(40, 36, 32), side=16, rounds=2, out=tmp_path / "crops.json")
-    result = json.loads((tmp_path / "crops.json").read_text())
+    [result] = json.loads((tmp_path / "crops.json").read_text())
     assert {"medmim", "torch.load (PersistentDataset)", "nii.gz"} <= set(result["seconds"])
     assert result["machine"]["torch"]
 
@@ -54,7 +54,7 @@ def test_segmenting(tmp_path):
     import segmenting
 
     segmenting.main(side=48, window=32, classes=3, rounds=1, out=tmp_path / "segmenting.json")
-    result = json.loads((tmp_path / "segmenting.json").read_text())
+    [result] = json.loads((tmp_path / "segmenting.json").read_text())
     assert set(result["times_medmim"]) == {"MONAI", "MONAI, memory kept"}
     assert all(peak["median"] > 0 for peak in result["peak_megabytes"].values())
 
@@ -65,7 +65,7 @@ def test_a_step(tmp_path):
 
     network = step.Network(side=32, width=96, depth=2, heads=2, decoder_width=48, decoder_depth=1, decoder_heads=2)
     step.measure(network, batch=2, precision="fp32", rounds=2, out=tmp_path / "step.json")
-    result = json.loads((tmp_path / "step.json").read_text())
+    [result] = json.loads((tmp_path / "step.json").read_text())
     assert set(result["times_medmim"]) == {"monai", "monai, memory kept", "timm"}
     assert set(result["peak_megabytes"]) == set(result["seconds"])
     assert 0 < result["share_of_matrix_product_rate"] < 1
@@ -108,6 +108,17 @@ def test_curves_of_a_run_that_was_killed(finished, tmp_path):
     _, crops, loss = curves.read_run(tmp_path)
     assert crops.tolist() == [4 * step for step in range(1, 20)]
     assert len(loss) == 19
+
+
+def test_a_benchmark_keeps_the_newest_record_of_each_machine(tmp_path, monkeypatch):
+    import common
+
+    path, here = tmp_path / "name.json", common.machine()
+    for processor, seconds in (("A", 1), ("B", 2), ("A", 3)):
+        monkeypatch.setattr(common, "machine", lambda processor=processor: {**here, "processor": processor})
+        common.write_result(path, {"seconds": seconds})
+    kept = {record["machine"]["processor"]: record["seconds"] for record in common.read_records(path)}
+    assert kept == {"A": 3, "B": 2}
 
 
 def test_the_page_is_that_of_the_records():

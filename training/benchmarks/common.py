@@ -1,4 +1,4 @@
-"""What all benchmarks share: rounds in which every candidate takes its turn, ratios with their spread, and a record.
+"""What all benchmarks share: rounds in which every candidate takes its turn, ratios with their spread, and records.
 
 Candidates take turns within one process, so that whatever else the machine does falls on all of them; a ratio is that
 of two times of the same round.
@@ -77,10 +77,20 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes a record and prints it."""
-    text = json.dumps({"date": date.today().isoformat(), "machine": machine(), **result}, indent=1)
-    write_text(path, text + "\n")
-    print(text)
+    """Adds a record to those of a benchmark, in place of an older one of the same machine, and prints it."""
+    record = {"date": date.today().isoformat(), "machine": machine(), **result}
+    others = [other for other in read_records(path) if _identity(other) != _identity(record)] if path.exists() else []
+    write_text(path, json.dumps([*others, record], indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """What a benchmark has measured, a record for each machine."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(record["machine"][key] for key in ("processor", "cores", "gpu", "instructions"))
 
 
 def _processor() -> str:

@@ -5,12 +5,11 @@ python training/benchmarks/page.py
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS
+from common import RESULTS, read_records
 
 from medmim.files import write_text
 from medmim.markdown import markdown_table
@@ -18,8 +17,9 @@ from medmim.markdown import markdown_table
 PAGE = "README.md"
 HEAD = """# Speed
 
-Written by `training/benchmarks/page.py`; do not edit. Each section is a command and what it measured; candidates take
-turns, a ratio is that of two times of one round, and brackets hold quartiles over the rounds."""
+Written by `training/benchmarks/page.py`; do not edit. Each section is a command and what it measured, on each machine
+where it was run; candidates take turns, a ratio is that of two times of one round, and brackets hold quartiles over the
+rounds."""
 GROWTH = """Steps of few tokens are slow because optimizer, clipping and casts ("weights") go through all weights,
 whatever the batch is; with more tokens that share falls, and the rate rises. Large crops leave the line again, as
 attention grows with the square of the tokens of a crop."""
@@ -42,8 +42,10 @@ def page(folder: Path) -> str:
     """The text of the page, from the records in a folder."""
     sections = [HEAD]
     for name, write in SECTIONS.items():
-        record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        sections += [f"## {name}.py: {record['what']}", _machine(record), *write(record)]
+        sections.append(f"## {name}.py")
+        for record in read_records(folder / f"{name}.json"):
+            sections += [f"### {_machine(record)}", f"{record['date']}: {record['what']}.", *write(record)]
+        sections += AFTERWARDS.get(name, ())
     return "\n\n".join([*sections, CURVES]) + "\n"
 
 
@@ -76,7 +78,6 @@ def _growth(record: dict[str, Any]) -> Iterable[str]:
             ]
         )
     yield markdown_table(["crops", "seconds", "tokens/s", "GFLOP/s", "activations, MB", "weights", "attention"], rows)
-    yield GROWTH
     if record["left_out"]:
         yield f"Left out, as they take too long: {', '.join(record['left_out'])}."
 
@@ -113,6 +114,7 @@ SECTIONS = {
     "loading": _loading,
     "segmenting": _segmenting,
 }
+AFTERWARDS = {"growth": (GROWTH,)}
 
 
 # --- parts of a section ----------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ SECTIONS = {
 def _machine(record: dict[str, Any]) -> str:
     machine = record["machine"]
     parts = [machine["gpu"] or machine["processor"], f"{machine['cores']} CPU cores", machine["instructions"]]
-    return f"{record['date']}; {', '.join(parts)}; torch {machine['torch']}."
+    return f"{', '.join(parts)}; torch {machine['torch']}"
 
 
 def _compared(record: dict[str, Any], name: str) -> tuple[str, str]:
