@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from monai.data import MetaTensor
@@ -31,42 +31,69 @@ def resample_to(
     Returns:
         (C, D', H', W') in the type of `source`; zero where a voxel's centre lies outside of it.
     """
-    to_source = torch.linalg.solve(source.affine, affine.to(source.affine))
-    axes = _axes_along(to_source, shape) if mode == "nearest" else None
-    if axes is None:
-        values = _interpolated(source, affine, to_source, shape, mode=mode)
-    else:
-        values = _picked(source.as_tensor(), to_source, axes, shape)
+    places = find_places(source.affine, affine, shape) if mode == "nearest" else None
+    values = _interpolated(source, affine, shape, mode=mode) if places is None else _picked(source.as_tensor(), places)
     return MetaTensor(values, affine=affine)
 
 
-def _axes_along(to_source: Tensor, shape: Sequence[int]) -> list[int] | None:
-    """The axis of the source that each axis of a grid runs along; None for a grid that is turned by other than 90°."""
+class Places(NamedTuple):
+    """Where the voxels of a grid lie in a volume whose axes it runs along.
+
+    Attributes:
+        axes: Of the volume, that each axis of the grid runs along.
+        along: By axis of the grid, where each of its slices lies, in voxels of the volume.
+    """
+
+    axes: tuple[int, int, int]
+    along: tuple[Tensor, Tensor, Tensor]
+
+    @property
+    def by_source(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`along` by axis of the volume."""
+        d, h, w = (self.along[self.axes.index(axis)] for axis in range(3))
+        return d, h, w
+
+
+def find_places(source: Tensor, affine: Tensor, shape: Sequence[int]) -> Places | None:
+    """Where the voxels of a grid lie in a volume; None for a grid that is turned by other than 90°, or sheared.
+
+    Args:
+        source: Affine of the volume, (4, 4).
+        affine: Of the grid, (4, 4).
+        shape: Of the grid: (D', H', W').
+    """
+    to_source = torch.linalg.solve(source, affine.to(source))
     travelled = to_source[:3, :3].abs() * (torch.tensor(shape) - 1)  # voxels of the source, from end to end of the grid
-    axes = to_source[:3, :3].abs().argmax(dim=0)
-    travelled[axes, [0, 1, 2]] = 0
-    return axes.tolist() if len(set(axes.tolist())) == 3 and travelled.max() < FACE else None
+    d, h, w = axes = tuple(to_source[:3, :3].abs().argmax(dim=0).tolist())
+    travelled[list(axes), [0, 1, 2]] = 0
+    if len(set(axes)) < 3 or travelled.max() >= FACE:
+        return None
+    along = (
+        (to_source[axis, i] * torch.arange(shape[i], dtype=to_source.dtype) + to_source[axis, 3]).round(
+            decimals=DECIMALS
+        )
+        for i, axis in enumerate(axes)
+    )
+    return Places((d, h, w), tuple(along))
 
 
-def _picked(source: Tensor, to_source: Tensor, axes: list[int], shape: Sequence[int]) -> Tensor:
+def _picked(source: Tensor, places: Places) -> Tensor:
     """The voxel of (C, D, H, W) that is nearest to each of a grid, whose axes run along those of the source."""
-    values = source.permute(0, *(axis + 1 for axis in axes))
-    indices, inside = [], []
-    for along, axis in enumerate(axes):
-        place = to_source[axis, along] * torch.arange(shape[along], dtype=to_source.dtype) + to_source[axis, 3]
-        # Halfway between two it goes to the even one, so up as often as down: the whole is not shifted.
-        nearest = place.round(decimals=DECIMALS).round()
-        indices.append(nearest.long().clamp(0, source.shape[axis + 1] - 1))
-        inside.append(_within(place, source.shape[axis + 1]))
-    d, h, w = indices
+    values = source.permute(0, *(axis + 1 for axis in places.axes))
+    # Halfway between two it goes to the even one, so up as often as down: the whole is not shifted.
+    d, h, w = (
+        place.round().long().clamp(0, side - 1) for place, side in zip(places.along, values.shape[1:], strict=True)
+    )
+    inside = [is_within(place, side) for place, side in zip(places.along, values.shape[1:], strict=True)]
     values = values[:, d[:, None, None], h[:, None], w]
     for dim, those in enumerate(inside, start=1):
         values.index_fill_(dim, (~those).nonzero()[:, 0], 0)
     return values
 
 
-def _interpolated(source: MetaTensor, affine: Tensor, to_source: Tensor, shape: Sequence[int], *, mode: str) -> Tensor:
+def _interpolated(source: MetaTensor, affine: Tensor, shape: Sequence[int], *, mode: str) -> Tensor:
     """MONAI's resampling, slab by slab to bound the memory."""
+    to_source = torch.linalg.solve(source.affine, affine.to(source.affine))
     result = torch.zeros(len(source), *shape, dtype=source.dtype)
     thickness = max(1, SLAB_VOXELS // (shape[1] * shape[2]))
     for start in range(0, shape[0], thickness):
@@ -87,11 +114,11 @@ def _inside(sides: Sequence[int], to_source: Tensor, shape: Sequence[int]) -> Te
     inside = torch.ones(*shape, dtype=torch.bool)
     for side, (*steps, start) in zip(sides, to_source[:3], strict=True):
         along_d, along_h, along_w = (step * index for step, index in zip(steps, indices, strict=True))
-        inside &= _within(along_d[:, None, None] + along_h[:, None] + (along_w + start), side)
+        inside &= is_within(along_d[:, None, None] + along_h[:, None] + (along_w + start), side)
     return inside
 
 
-def _within(place: Tensor, side: int) -> Tensor:
+def is_within(place: Tensor, side: int) -> Tensor:
     """Which places, in voxels along an axis, lie in one of its voxels, or on the face of the outermost.
 
     On the face lies a whole outermost slice where sizes and spacings are round: of 32 voxels of 1 mm on 16 of 2 mm.

@@ -1,7 +1,4 @@
-"""Segment a scan of any size, in its own voxels, within bounded memory.
-
-Legend: B windows, K classes, (D, H, W) voxels on the network's grid, "own" voxels are those of the scan.
-"""
+"""Segment a scan of any size, in its own voxels, and write and read the mask."""
 
 from __future__ import annotations
 
@@ -12,22 +9,19 @@ from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
-import torch
 from monai.data import MetaTensor
-from monai.data.utils import compute_importance_map
-from torch import Tensor
 
 from medmim.errors import ScanError, SpecError
 from medmim.files import atomic_write
 from medmim.formats import times
 from medmim.heads.segmenter import Segmenter
 from medmim.identity import name_of, uncompiled
-from medmim.inference import evaluating
+from medmim.labelling import predict_labels
 from medmim.nifti import header_affine, nifti_header
+from medmim.resampling import find_places
 from medmim.scans import same_place
-from medmim.transforms import create_transform, label_type
+from medmim.transforms import create_transform
 from medmim.volumes import load_volume
-from medmim.windows import cover, covering_grid, crop_window, in_batches, to_voxels
 
 if TYPE_CHECKING:
     from medmim.scans import Scan
@@ -39,8 +33,6 @@ GEOMETRY = (  # of a NIfTI header, beside the size of the voxels
 )
 
 DESCRIPTION = 80  # bytes that the header has
-
-BAND_BYTES = 1_000_000_000  # of scores kept at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +140,10 @@ def segment(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Segmentation:
-    """Prepares a scan as the model expects it, labels all of it, and brings the labels back to the scan's voxels.
+    """Prepares a scan as the model expects it and labels all of its own voxels.
+
+    Where the network's voxels are larger or smaller than the scan's, scores are interpolated, not labels, so that a
+    border runs between voxels where the network puts it. Only slices of a tilted gantry take the nearest label.
 
     Args:
         model: From `create_segmenter` or `from_pretrained`.
@@ -167,11 +162,21 @@ def segment(
     classes = segmented_classes(model)
     transform = create_transform(model, modality=modality, fit="pad", volume=volume)
     x = transform(scan)
-    labels = predict_labels(model, x.as_tensor(), overlap=overlap, batch_size=batch_size, progress=progress)
-    labels, path = MetaTensor(labels[None], meta=x.meta), x.meta["filename_or_obj"]  # x.meta has the affine too
-    del x  # the largest array here
-    own = transform.inverse(labels, labels=True)
-    return Segmentation(own[0].numpy(), own.affine.numpy(), classes, Path(path))
+    affine, shape = x.meta["original_affine"], x.meta["original_shape"]
+    places = find_places(x.affine, affine, shape)
+    labels = predict_labels(
+        model,
+        x.as_tensor(),
+        places=places and places.by_source,
+        overlap=overlap,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    if places is None:  # the slices of a tilted gantry, which the grid straightened
+        labels = transform.inverse(MetaTensor(labels[None], meta=x.meta), labels=True)[0].as_tensor()
+    else:
+        labels = labels.permute(places.axes)
+    return Segmentation(labels.numpy(), affine.numpy(), classes, Path(x.meta["filename_or_obj"]))
 
 
 def segmented_classes(model: Segmenter) -> tuple[str, ...]:
@@ -183,107 +188,3 @@ def segmented_classes(model: Segmenter) -> tuple[str, ...]:
     if not isinstance(uncompiled(model), Segmenter):
         raise SpecError(f"{name_of(model)} does not segment; `medmim-train finetune` makes a model that does")
     return model.spec.task.classes
-
-
-@torch.inference_mode()
-def predict_labels(
-    model: Segmenter,
-    x: Tensor,
-    *,
-    overlap: float = 0.5,
-    batch_size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-    band_bytes: int = BAND_BYTES,
-) -> Tensor:
-    """Labels a volume of any size window by window (`medmim.windows`).
-
-    Scores of overlapping windows are added with Gaussian weights, because voxels at the rim of a window saw less around
-    them; the class with the highest sum wins. Scores are kept for a band of a window's depth, which moves along D:
-    slices that no window will reach again are labelled and dropped. Where a band over the whole of H is too large, as
-    with many classes, it goes through strips of H one after the other, and windows at a seam are computed twice.
-
-    Args:
-        model: To (B, K, *img_size) from (B, channels, *img_size). It runs in evaluation mode, on the device it is on.
-        x: (channels, D, H, W) in network units.
-        overlap: Share of a window that the next one covers again, 0 to below 1.
-        batch_size: Windows at a time.
-        progress: Called with windows done and windows in all.
-        band_bytes: How large a band of scores may be; at least a window's height is taken.
-
-    Returns:
-        (D, H, W) uint8, or int16 for more than 256 classes, on the CPU; the same whatever `band_bytes` is.
-
-    Raises:
-        ValueError: For an overlap outside [0, 1), or a batch of no windows.
-    """
-    depth, height, width = x.shape[1:]
-    labels = torch.zeros(depth, height, width, dtype=label_type(model.num_classes))
-    grid_size = covering_grid(x.shape[1:], model.patch_size, model.grid_size)
-    windows = list(cover(grid_size, model.grid_size, overlap=overlap))
-    row_bytes = 4 * model.num_classes * model.img_size[0] * width
-    rows = max(band_bytes // row_bytes, model.img_size[1])
-    jobs = [
-        (strip, [window for window in windows if _reaches(to_voxels(window, model.patch_size)[1], strip)])
-        for strip in (slice(start, min(start + rows, height)) for start in range(0, height, rows))
-    ]
-    done, total = 0, sum(len(inside) for _, inside in jobs)
-    weight = compute_importance_map(model.img_size, mode="gaussian")
-    fill, parameter = float(x.min()), next(model.parameters())
-    with evaluating(model):
-        for strip, inside in jobs:
-            band = _Band(labels, strip, num_classes=model.num_classes, depth=model.img_size[0])
-            for batch in in_batches(inside, batch_size):
-                crops = torch.stack([crop_window(x, window, model.patch_size, fill=fill) for window in batch])
-                scores = model(crops.to(parameter)).float().cpu()  # (B, K, *img_size)
-                for window, part in zip(batch, scores, strict=True):
-                    band.add(to_voxels(window, model.patch_size), part.mul_(weight))
-                done += len(batch)
-                if progress:
-                    progress(done, total)
-            band.finish()
-    return labels
-
-
-class _Band:
-    """Sums of scores (K, depth, rows, W) over the slices from `first` on, of a strip of H.
-
-    Args:
-        labels: (D, H, W), where what is settled is written.
-        strip: Rows of H.
-        num_classes: K.
-        depth: Slices that a window has.
-    """
-
-    def __init__(self, labels: Tensor, strip: slice, *, num_classes: int, depth: int) -> None:
-        self.labels, self.strip, self.first = labels, strip, 0
-        self.sums = torch.zeros(num_classes, depth, strip.stop - strip.start, labels.shape[2])
-
-    def add(self, voxels: tuple[slice, slice, slice], scores: Tensor) -> None:
-        """Adds the scores (K, d, h, w) of a window, which starts no earlier along D than those before it."""
-        d, h, w = voxels
-        if d.start > self.first:
-            self._settle(d.start - self.first)
-        # What of the window lies in the strip and inside of the volume.
-        low, high = max(h.start, self.strip.start), min(h.stop, self.strip.stop)
-        stop = min(w.stop, self.labels.shape[2])
-        self.sums[:, :, low - self.strip.start : high - self.strip.start, w.start : stop] += scores[
-            :, :, low - h.start : high - h.start, : stop - w.start
-        ]
-
-    def finish(self) -> None:
-        """Labels the slices that are left."""
-        self._settle(len(self.labels) - self.first)
-
-    def _settle(self, slices: int) -> None:
-        """Labels the first slices and moves on by as many."""
-        settled = self.labels[self.first : self.first + slices, self.strip]
-        # Slice by slice, because max makes integers of eight bytes; argmax takes five times as long.
-        for i, plane in enumerate(settled):
-            plane.copy_(self.sums[:, i].max(dim=0).indices)
-        self.sums = self.sums.roll(-slices, dims=1)
-        self.sums[:, self.sums.shape[1] - slices :] = 0
-        self.first += slices
-
-
-def _reaches(side: slice, strip: slice) -> bool:
-    return side.start < strip.stop and side.stop > strip.start

@@ -13,105 +13,20 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from torch import nn
 
 import medmim
 from fakes import TINY, tiny_model
-from medmim import segmentation
 from medmim.classification import classify
 from medmim.errors import ScanError, SpecError
-from medmim.heads.segmenter import Segmenter
 from medmim.identity import identity
-from medmim.segmentation import predict_labels, read_segmentation, segment
+from medmim.segmentation import read_segmentation, segment
 from medmim.spec import VolumeSpec
 from medmim.tasks import encoder_of
 from medmim.volumes import Volume
-from medmim.windows import cover, covering_grid, crop_window, to_voxels
+from segmenters import CLASSES, VOLUME, Thresholds
 from synthetic import write_scan
 
-CLASSES = ("background", "rim", "core")
-VOLUME = VolumeSpec.parse(
-    {"orientation": "RAS", "intensity": {"MR": {"kind": "window", "low": 0, "high": 1000}}}, source="test"
-)
 THIN = {"unetr": {"feature_size": 2}, "light": {"width": 2}}
-
-
-class Thresholds(Segmenter):
-    """Labels each voxel by its value alone: 0 below a third, 1 below two thirds, else 2."""
-
-    def __init__(self, num_classes: int = 3, **sizes):
-        nn.Module.__init__(self)
-        self.encoder = tiny_model(**sizes)
-        self.num_classes = num_classes
-        self.spec = self.encoder.spec
-        task = {"kind": "segmentation", "classes": CLASSES, "decoder": {"kind": "linear"}, "volume": VOLUME}
-        self.spec = medmim.ModelSpec.parse({**self.spec.to_data(), "task": task}, source="test")
-        self.batches = []
-
-    def forward(self, x):
-        self.batches.append(len(x))
-        assert not self.training
-        centres = torch.arange(self.num_classes)[:, None, None, None] / 2
-        return -(x - centres).abs()
-
-
-class Random(Thresholds):
-    """A network that looks around: scores of neighbouring voxels are mixed, and the border of a window is seen."""
-
-    def __init__(self, num_classes: int = 3, **sizes):
-        super().__init__(num_classes, **sizes)
-        self.mix = nn.Conv3d(1, num_classes, 5, padding=2)
-        nn.init.normal_(self.mix.weight, generator=torch.Generator().manual_seed(0))
-
-    def forward(self, x):
-        return self.mix(x)
-
-
-def noise(*shape) -> torch.Tensor:
-    return torch.rand(1, *shape, generator=torch.Generator().manual_seed(1))
-
-
-# --- windows ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(70, 90, 30), (32, 48, 16), (5, 100, 17)])
-@pytest.mark.parametrize("band_bytes", [10**9, 1])
-def test_a_network_that_sees_one_voxel_labels_as_without_windows(shape, band_bytes):
-    x, model = noise(*shape), Thresholds().train()
-    labels = predict_labels(model, x, overlap=0.4, batch_size=3, band_bytes=band_bytes)
-    assert model.training
-    assert labels.dtype == torch.uint8
-    assert torch.equal(labels, (x[0] * 2).round().to(torch.uint8))
-
-
-@pytest.mark.parametrize("band_bytes", [10**9, 4 * 5 * 32 * 40 * 50, 1])
-def test_labels_are_those_of_the_weighted_sum_over_all_windows(band_bytes):
-    from monai.data.utils import compute_importance_map
-
-    x, model = noise(61, 117, 40), Random(num_classes=5).eval()
-    grid = covering_grid(x.shape[1:], model.patch_size, model.grid_size)
-    sums = torch.zeros(5, *(g * p for g, p in zip(grid, model.patch_size, strict=True)))
-    weight = compute_importance_map(model.img_size, mode="gaussian")
-    with torch.inference_mode():
-        for window in cover(grid, model.grid_size, overlap=0.5):
-            sums[:, *to_voxels(window, model.patch_size)] += weight * model(
-                crop_window(x, window, model.patch_size, fill=float(x.min()))[None]
-            ).squeeze(0)
-    expected = sums[:, : x.shape[1], : x.shape[2], : x.shape[3]].argmax(dim=0)
-    progress = []
-    labels = predict_labels(model, x, band_bytes=band_bytes, progress=lambda *args: progress.append(args))
-    assert torch.equal(labels.long(), expected)
-    assert progress[-1][0] == progress[-1][1] == len(progress)
-    assert len(labels.unique()) == 5
-
-
-def test_many_classes_and_a_wrong_overlap():
-    model = Random(num_classes=300, img_size=(8, 16, 8)).eval()
-    assert predict_labels(model, noise(8, 16, 8)).dtype == torch.int16
-    with pytest.raises(ValueError, match="overlap=1"):
-        predict_labels(model, noise(8, 16, 8), overlap=1)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        predict_labels(model, noise(8, 16, 8), batch_size=0)
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------
@@ -529,18 +444,6 @@ def test_scans_of_one_name_are_never_taken_for_each_other(call, segmenter, tmp_p
     code, out, err = call("segment", scans[1], "-m", segmenter, "-o", output)
     assert (code, out) == (1, "")
     assert f"its row CT is of another scan, {scans[0]}, and not of {scans[1]}; choose another output" in err
-
-
-@pytest.mark.parametrize(("num_classes", "band_bytes"), [(3, 10**6), (3, 10**5), (40, 10**6)])
-def test_scores_are_never_kept_for_the_whole_volume(num_classes, band_bytes, monkeypatch):
-    model, kept = Random(num_classes=num_classes, img_size=(16, 16, 8)).eval(), []
-    settle = segmentation._Band._settle
-    monkeypatch.setattr(
-        segmentation._Band, "_settle", lambda band, slices: (kept.append(band.sums.nbytes), settle(band, slices))
-    )
-    predict_labels(model, noise(64, 80, 40), band_bytes=band_bytes)
-    least = num_classes * 16 * 16 * 40 * 4  # of a window's depth and height
-    assert max(kept) <= max(band_bytes, least) < num_classes * 64 * 80 * 40 * 4
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ from resident import PeakSince
 from torch import Tensor, nn
 
 import medmim
+from medmim.labelling import predict_labels
 from medmim.memory import keep_freed_memory
-from medmim.segmentation import predict_labels
 
 OVERLAP = 0.5
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from medmim.errors import SpecError
 from medmim.files import write_csv
 from medmim.heads.segmenter import Segmenter
+from medmim.labelling import predict_labels
 from medmim.pictures import segmentation_picture
-from medmim.segmentation import predict_labels
 from medmim.tasks import create_segmenter, name_classes
 from medmim.transforms import VolumeTransform
 from medmim_training.balance import raise_positions

@@ -1,0 +1,222 @@
+"""The class of each voxel of a volume of any size, from the scores of windows, within bounded memory.
+
+Legend: B windows, K classes, (D, H, W) voxels of the volume, (D', H', W') voxels to label.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from monai.data.utils import compute_importance_map
+from torch import Tensor
+
+from medmim.heads.segmenter import Segmenter
+from medmim.inference import evaluating
+from medmim.resampling import is_within
+from medmim.transforms import label_type
+from medmim.windows import Window, cover, covering_grid, crop_window, in_batches, to_voxels
+
+BAND_BYTES = 1_000_000_000  # of scores kept at a time
+CHUNK = 8_000_000  # scores interpolated at a time
+
+
+@torch.inference_mode()
+def predict_labels(
+    model: Segmenter,
+    x: Tensor,
+    *,
+    places: Sequence[Tensor] | None = None,
+    overlap: float = 0.5,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    band_bytes: int = BAND_BYTES,
+) -> Tensor:
+    """Labels a volume of any size window by window (`medmim.windows`).
+
+    Scores of overlapping windows are averaged with Gaussian weights, because voxels at the rim of a window saw less
+    around them; the class with the highest score wins. Scores are kept for a band of a window's depth, which moves
+    along D: slices that no window will reach again are labelled and dropped. Where a band over the whole of H is too
+    large, as with many classes, it goes through strips of H one after the other, and windows at a seam are computed
+    twice.
+
+    Args:
+        model: To (B, K, *img_size) from (B, channels, *img_size). It runs in evaluation mode, on the device it is on.
+        x: (channels, D, H, W) in network units.
+        places: Where the voxels to label lie, in voxels of `x`: (D',), (H',) and (W',), along its axes. Between voxels
+            of `x`, scores are interpolated linearly. None labels the voxels of `x`.
+        overlap: Share of a window that the next one covers again, 0 to below 1.
+        batch_size: Windows at a time.
+        progress: Called with windows done and windows in all.
+        band_bytes: How large a band of scores may be; at least a window's height is taken.
+
+    Returns:
+        (D', H', W') uint8, or int16 for more than 256 classes, on the CPU; the same whatever `band_bytes` is. Voxels
+        outside of `x` have 0.
+
+    Raises:
+        ValueError: For an overlap outside [0, 1), or a batch of no windows.
+    """
+    sides = x.shape[1:]
+    axes = [
+        _Axis.of(place, side)
+        for place, side in zip(places or [torch.arange(side).double() for side in sides], sides, strict=True)
+    ]
+    labels = torch.zeros(*(len(axis.inside) for axis in axes), dtype=label_type(model.num_classes))
+    grid_size = covering_grid(sides, model.patch_size, model.grid_size)
+    windows = list(cover(grid_size, model.grid_size, overlap=overlap))
+    row_bytes = 4 * (model.num_classes + 1) * (model.img_size[0] + 1) * sides[2]
+    rows = max(band_bytes // row_bytes - 1, model.img_size[1])
+    jobs = [
+        (strip, [window for window in windows if _reaches(to_voxels(window, model.patch_size)[1], strip)])
+        for strip in (slice(max(start - 1, 0), min(start + rows, sides[1])) for start in range(0, sides[1], rows))
+    ]
+    done, total = 0, sum(len(inside) for _, inside in jobs)
+    weight = compute_importance_map(model.img_size, mode="gaussian")
+    fill, parameter = float(x.min()), next(model.parameters())
+    with evaluating(model):
+        for strip, inside in jobs:
+            band = _Band(labels, axes, strip, num_classes=model.num_classes, depth=model.img_size[0])
+            for batch in in_batches(inside, batch_size):
+                crops = torch.stack([crop_window(x, window, model.patch_size, fill=fill) for window in batch])
+                scores = model(crops.to(parameter)).float().cpu()  # (B, K, *img_size)
+                for window, part in zip(batch, scores, strict=True):
+                    band.add(to_voxels(window, model.patch_size), part.mul_(weight), weight)
+                done += len(batch)
+                if progress:
+                    progress(done, total)
+            band.finish()
+    return labels
+
+
+class _Axis(NamedTuple):
+    """Between which two voxels of a volume those to label lie, along one axis.
+
+    Attributes:
+        side: Voxels of the volume.
+        inside: Whether a voxel to label lies in one of them; (n,), as are the others.
+        lower: The last one not after it.
+        upper: The next one; the same where it lies on that.
+        share: Of the next one.
+    """
+
+    side: int
+    inside: Tensor
+    lower: Tensor
+    upper: Tensor
+    share: Tensor
+
+    @classmethod
+    def of(cls, place: Tensor, side: int) -> _Axis:
+        within = place.clamp(0, side - 1)
+        return cls(side, is_within(place, side), within.floor().long(), within.ceil().long(), within.frac().float())
+
+    def between(self, start: int, stop: int) -> Tensor:
+        """Indices of the voxels to label that need voxels of the volume before `stop`, and not only before `start`."""
+        return (self.inside & (self.upper >= start) & (self.upper < stop)).nonzero()[:, 0]
+
+
+class _Band:
+    """Sums of scores over some slices of a strip of H, from which labels are made as soon as nothing will be added.
+
+    Args:
+        labels: (D', H', W'), where what is settled is written.
+        axes: Where its voxels lie along D, H and W.
+        strip: Rows of H. Those to label which need the first one only were labelled with the strip before.
+        num_classes: K.
+        depth: Slices that a window has.
+    """
+
+    def __init__(self, labels: Tensor, axes: Sequence[_Axis], strip: slice, *, num_classes: int, depth: int) -> None:
+        self.labels, self.axes, self.strip = labels, axes, strip
+        self.rows = axes[1].between(strip.start + (strip.start > 0), strip.stop)
+        self.columns = axes[2].between(0, axes[2].side)
+        size = depth + 1, strip.stop - strip.start, axes[2].side  # the last slice that is settled is kept, for the next
+        self.sums, self.weights = torch.zeros(num_classes, *size), torch.zeros(size)
+        self.first = self.settled = 0  # the first slice here, and the first that is not settled
+
+    def add(self, voxels: Window, scores: Tensor, weight: Tensor) -> None:
+        """Adds the scores (K, d, h, w) of a window, which starts no earlier along D than those before it.
+
+        Args:
+            voxels: Of the window.
+            scores: Times `weight`.
+            weight: (d, h, w).
+        """
+        d, h, w = voxels
+        if d.start > self.settled:
+            self._settle(d.start)
+        # What of the window lies in the strip and inside of the volume.
+        low, high = max(h.start, self.strip.start), min(h.stop, self.strip.stop)
+        stop = min(w.stop, self.axes[2].side)
+        there = (
+            slice(d.start - self.first, d.stop - self.first),
+            slice(low - self.strip.start, high - self.strip.start),
+            slice(w.start, stop),
+        )
+        here = slice(None), slice(low - h.start, high - h.start), slice(stop - w.start)
+        self.sums[:, *there] += scores[:, *here]
+        self.weights[there] += weight[here]
+
+    def finish(self) -> None:
+        """Labels what is left."""
+        self._settle(self.axes[0].side)
+
+    def _settle(self, stop: int) -> None:
+        """Labels what needs no slices but those before `stop`, and drops all of these but the last."""
+        # Slice by slice, because max makes integers of eight bytes; argmax takes five times as long.
+        best = [
+            self.sums[:, i].max(dim=0).indices.to(self.labels.dtype) for i in range(stop - self.first)
+        ]  # (rows, W) each
+        for number in self.axes[0].between(self.settled, stop).tolist():
+            self._label(number, best)
+        past = stop - 1 - self.first
+        for plane in (*self.sums, self.weights):  # one after the other, as it takes a copy
+            plane.copy_(plane.roll(-past, dims=0))
+            plane[len(plane) - past :] = 0
+        self.first, self.settled = stop - 1, stop
+
+    def _label(self, number: int, best: Sequence[Tensor]) -> None:
+        """Labels a slice, given the labels (rows, W) of the slices of the volume that are here."""
+        corners = [
+            [each[chosen] - start for each in (axis.lower, axis.upper)]
+            for axis, chosen, start in zip(
+                self.axes, (number, self.rows, self.columns), (self.first, self.strip.start, 0), strict=True
+            )
+        ]
+        # Where all neighbours have one class, so has what lies between them, as its score is the highest at each.
+        least, greatest = (_around(best, corners, function) for function in (torch.minimum, torch.maximum))
+        for mixed in (least != greatest).nonzero().split(max(1, CHUNK // len(self.sums))):  # (N, 2) each
+            least[tuple(mixed.T)] = self._scores(number, corners, *mixed.T).max(dim=0).indices.to(least.dtype)
+        self.labels[number].index_put_((self.rows[:, None], self.columns), least)
+
+    def _scores(self, number: int, corners: Sequence[Sequence[Tensor]], rows: Tensor, columns: Tensor) -> Tensor:
+        """Interpolated scores (K, N) of some voxels of a slice to label, given where they are among those here."""
+        shares = (
+            self.axes[0].share[number],
+            self.axes[1].share[self.rows[rows]],
+            self.axes[2].share[self.columns[columns]],
+        )
+        total = torch.zeros(len(self.sums), len(rows))
+        sums, weights = self.sums.flatten(1), self.weights.flatten()
+        for which in itertools.product((0, 1), repeat=3):
+            d, h, w = (corner[side] for corner, side in zip(corners, which, strict=True))
+            there = (d * self.weights.shape[1] + h[rows]) * self.weights.shape[2] + w[columns]
+            share = math.prod(share if side else 1 - share for share, side in zip(shares, which, strict=True))
+            total += sums[:, there] * (share / weights[there])
+        return total
+
+
+def _around(best: Sequence[Tensor], corners: Sequence[Sequence[Tensor]], function: Callable[..., Tensor]) -> Tensor:
+    """The least or the greatest label of the eight voxels around each to label: (rows, columns)."""
+    (below, above), (up, down), (left, right) = corners
+    planes = function(best[below], best[above])
+    lines = function(planes[up], planes[down])
+    return function(lines[:, left], lines[:, right])
+
+
+def _reaches(side: slice, strip: slice) -> bool:
+    return side.start < strip.stop and side.stop > strip.start
