@@ -16,6 +16,7 @@ from torch import Tensor
 
 from medmim.heads.segmenter import Segmenter
 from medmim.inference import evaluating
+from medmim.layers.tokens import Size
 from medmim.resampling import is_within
 from medmim.transforms import label_type
 from medmim.windows import Window, cover, covering_grid, crop_window, in_batches, to_voxels
@@ -79,7 +80,7 @@ def predict_labels(
     fill, parameter = float(x.min()), next(model.parameters())
     with evaluating(model):
         for strip, inside in jobs:
-            band = _Band(labels, axes, strip, num_classes=model.num_classes, depth=model.img_size[0])
+            band = _Band(labels, sides, axes, strip, num_classes=model.num_classes, depth=model.img_size[0])
             for batch in in_batches(inside, batch_size):
                 crops = torch.stack([crop_window(x, window, model.patch_size, fill=fill) for window in batch])
                 scores = model(crops.to(parameter)).float().cpu()  # (B, K, *img_size)
@@ -93,17 +94,15 @@ def predict_labels(
 
 
 class _Axis(NamedTuple):
-    """Between which two voxels of a volume those to label lie, along one axis.
+    """Between which two voxels of a volume some others lie, along one axis: (n,) each.
 
     Attributes:
-        side: Voxels of the volume.
-        inside: Whether a voxel to label lies in one of them; (n,), as are the others.
-        lower: The last one not after it.
-        upper: The next one; the same where it lies on that.
+        inside: Whether they lie in one of its voxels.
+        lower: The last voxel not after them.
+        upper: The next one; the same where they lie on that.
         share: Of the next one.
     """
 
-    side: int
     inside: Tensor
     lower: Tensor
     upper: Tensor
@@ -112,11 +111,16 @@ class _Axis(NamedTuple):
     @classmethod
     def of(cls, place: Tensor, side: int) -> _Axis:
         within = place.clamp(0, side - 1)
-        return cls(side, is_within(place, side), within.floor().long(), within.ceil().long(), within.frac().float())
+        return cls(is_within(place, side), within.floor().long(), within.ceil().long(), within.frac().float())
 
     def between(self, start: int, stop: int) -> Tensor:
-        """Indices of the voxels to label that need voxels of the volume before `stop`, and not only before `start`."""
+        """The numbers of those inside that need voxels of the volume before `stop`, and not only before `start`."""
         return (self.inside & (self.upper >= start) & (self.upper < stop)).nonzero()[:, 0]
+
+    def take(self, numbers: Tensor, *, first: int = 0) -> _Axis:
+        """Some of them, between voxels that are counted from `first` on."""
+        inside, lower, upper, share = (each[numbers] for each in self)
+        return _Axis(inside, lower - first, upper - first, share)
 
 
 class _Band:
@@ -124,17 +128,20 @@ class _Band:
 
     Args:
         labels: (D', H', W'), where what is settled is written.
-        axes: Where its voxels lie along D, H and W.
+        sides: D, H and W.
+        axes: Where the voxels to label lie along them.
         strip: Rows of H. Those to label which need the first one only were labelled with the strip before.
         num_classes: K.
         depth: Slices that a window has.
     """
 
-    def __init__(self, labels: Tensor, axes: Sequence[_Axis], strip: slice, *, num_classes: int, depth: int) -> None:
-        self.labels, self.axes, self.strip = labels, axes, strip
-        self.rows = axes[1].between(strip.start + (strip.start > 0), strip.stop)
-        self.columns = axes[2].between(0, axes[2].side)
-        size = depth + 1, strip.stop - strip.start, axes[2].side  # the last slice that is settled is kept, for the next
+    def __init__(
+        self, labels: Tensor, sides: Size, axes: Sequence[_Axis], strip: slice, *, num_classes: int, depth: int
+    ) -> None:
+        self.labels, self.sides, self.strip, self.slices = labels, sides, strip, axes[0]
+        self.there = axes[1].between(strip.start + (strip.start > 0), strip.stop), axes[2].between(0, sides[2])
+        self.rows, self.columns = axes[1].take(self.there[0], first=strip.start), axes[2].take(self.there[1])
+        size = depth + 1, strip.stop - strip.start, sides[2]  # the last slice that is settled is kept, for the next
         self.sums, self.weights = torch.zeros(num_classes, *size), torch.zeros(size)
         self.first = self.settled = 0  # the first slice here, and the first that is not settled
 
@@ -151,7 +158,7 @@ class _Band:
             self._settle(d.start)
         # What of the window lies in the strip and inside of the volume.
         low, high = max(h.start, self.strip.start), min(h.stop, self.strip.stop)
-        stop = min(w.stop, self.axes[2].side)
+        stop = min(w.stop, self.sides[2])
         there = (
             slice(d.start - self.first, d.stop - self.first),
             slice(low - self.strip.start, high - self.strip.start),
@@ -163,15 +170,13 @@ class _Band:
 
     def finish(self) -> None:
         """Labels what is left."""
-        self._settle(self.axes[0].side)
+        self._settle(self.sides[0])
 
     def _settle(self, stop: int) -> None:
         """Labels what needs no slices but those before `stop`, and drops all of these but the last."""
         # Slice by slice, because max makes integers of eight bytes; argmax takes five times as long.
-        best = [
-            self.sums[:, i].max(dim=0).indices.to(self.labels.dtype) for i in range(stop - self.first)
-        ]  # (rows, W) each
-        for number in self.axes[0].between(self.settled, stop).tolist():
+        best = [_highest(self.sums[:, i], self.labels.dtype) for i in range(stop - self.first)]
+        for number in self.slices.between(self.settled, stop):
             self._label(number, best)
         past = stop - 1 - self.first
         for plane in (*self.sums, self.weights):  # one after the other, as it takes a copy
@@ -179,43 +184,39 @@ class _Band:
             plane[len(plane) - past :] = 0
         self.first, self.settled = stop - 1, stop
 
-    def _label(self, number: int, best: Sequence[Tensor]) -> None:
+    def _label(self, number: Tensor, best: Sequence[Tensor]) -> None:
         """Labels a slice, given the labels (rows, W) of the slices of the volume that are here."""
-        corners = [
-            [each[chosen] - start for each in (axis.lower, axis.upper)]
-            for axis, chosen, start in zip(
-                self.axes, (number, self.rows, self.columns), (self.first, self.strip.start, 0), strict=True
-            )
-        ]
+        place, rows, columns = self.slices.take(number, first=self.first), self.rows, self.columns
         # Where all neighbours have one class, so has what lies between them, as its score is the highest at each.
-        least, greatest = (_around(best, corners, function) for function in (torch.minimum, torch.maximum))
-        for mixed in (least != greatest).nonzero().split(max(1, CHUNK // len(self.sums))):  # (N, 2) each
-            least[tuple(mixed.T)] = self._scores(number, corners, *mixed.T).max(dim=0).indices.to(least.dtype)
-        self.labels[number].index_put_((self.rows[:, None], self.columns), least)
+        least, greatest = (_around(best, place, rows, columns, extreme) for extreme in (torch.minimum, torch.maximum))
+        for mixed in (least != greatest).nonzero().split(max(1, CHUNK // len(self.sums))):
+            i, j = mixed.unbind(1)
+            least[i, j] = _highest(self._scores(place, rows.take(i), columns.take(j)), least.dtype)
+        self.labels[number].index_put_((self.there[0][:, None], self.there[1]), least)
 
-    def _scores(self, number: int, corners: Sequence[Sequence[Tensor]], rows: Tensor, columns: Tensor) -> Tensor:
-        """Interpolated scores (K, N) of some voxels of a slice to label, given where they are among those here."""
-        shares = (
-            self.axes[0].share[number],
-            self.axes[1].share[self.rows[rows]],
-            self.axes[2].share[self.columns[columns]],
-        )
-        total = torch.zeros(len(self.sums), len(rows))
+    def _scores(self, *places: _Axis) -> Tensor:
+        """Interpolated scores (K, N) of N voxels, given where they lie along D, H and W."""
+        _, height, width = self.weights.shape
         sums, weights = self.sums.flatten(1), self.weights.flatten()
-        for which in itertools.product((0, 1), repeat=3):
-            d, h, w = (corner[side] for corner, side in zip(corners, which, strict=True))
-            there = (d * self.weights.shape[1] + h[rows]) * self.weights.shape[2] + w[columns]
-            share = math.prod(share if side else 1 - share for share, side in zip(shares, which, strict=True))
-            total += sums[:, there] * (share / weights[there])
+        total = torch.zeros(())
+        for corner in itertools.product((False, True), repeat=3):
+            d, h, w = (place.upper if up else place.lower for place, up in zip(places, corner, strict=True))
+            share = math.prod(place.share if up else 1 - place.share for place, up in zip(places, corner, strict=True))
+            there = (d * height + h) * width + w
+            total = total + sums[:, there] * (share / weights[there])
         return total
 
 
-def _around(best: Sequence[Tensor], corners: Sequence[Sequence[Tensor]], function: Callable[..., Tensor]) -> Tensor:
-    """The least or the greatest label of the eight voxels around each to label: (rows, columns)."""
-    (below, above), (up, down), (left, right) = corners
-    planes = function(best[below], best[above])
-    lines = function(planes[up], planes[down])
-    return function(lines[:, left], lines[:, right])
+def _highest(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """The class of the highest score, from (K, ...) to (...)."""
+    return scores.max(dim=0).indices.to(dtype)
+
+
+def _around(best: Sequence[Tensor], d: _Axis, h: _Axis, w: _Axis, extreme: Callable[..., Tensor]) -> Tensor:
+    """The least or the greatest label of the eight voxels around each to label, of one slice: (rows, columns)."""
+    plane = extreme(best[d.lower], best[d.upper])
+    lines = extreme(plane[h.lower], plane[h.upper])
+    return extreme(lines[:, w.lower], lines[:, w.upper])
 
 
 def _reaches(side: slice, strip: slice) -> bool:
