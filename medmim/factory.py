@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -209,8 +209,7 @@ def create_decoder(model: nn.Module) -> nn.Module:
 
 def decoder_class(kind: str) -> type[nn.Module]:
     """The class of the pretraining decoders of a kind, a key of `DECODERS`."""
-    module, _, attribute = DECODERS[kind].partition(":")
-    return getattr(import_module(module), attribute)
+    return resolve_name(DECODERS[kind])
 
 
 def _without_classes_of(task: TaskSpec, given: dict[str, Any], name: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from medmim.errors import SpecError, UnknownModelError
@@ -188,7 +188,7 @@ def find_family(name: str, *, needed_by: str) -> Family:
         known = ", ".join(sorted({*families, *_registered_families}))
         raise UnknownModelError(f"{needed_by}: there is no model family {name!r}; this medmim knows: {known}")
     paths = families[name]
-    return Family(_import(paths["class"]), _import(paths["adapt"]) if "adapt" in paths else None)
+    return Family(resolve_name(paths["class"]), resolve_name(paths["adapt"]) if "adapt" in paths else None)
 
 
 # --- registering ------------------------------------------------------------------------------------------------------
@@ -334,11 +334,6 @@ def _require(table: Mapping[str, Any], key: str, kind: type, source: str, defaul
 
 def _models() -> dict[str, _Entry]:
     return {**_catalog()[1], **_registered_models}
-
-
-def _import(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    return getattr(import_module(module), attribute)
 
 
 def as_arguments(args: Mapping[str, Any]) -> dict[str, Any]:

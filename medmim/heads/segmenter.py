@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,11 +45,10 @@ class Segmenter(Shareable, nn.Module):
         super().__init__()
         if decoder.kind not in DECODERS:
             raise SpecError(f"there is no decoder {decoder.kind!r}; there are {', '.join(DECODERS)}")
-        module, _, attribute = DECODERS[decoder.kind].partition(":")
         self.spec: ModelSpec | None = None  # set by whoever knows where the weights came from
         self.num_classes = num_classes
         self.encoder = encoder
-        cls = getattr(import_module(module), attribute)
+        cls = resolve_name(DECODERS[decoder.kind])
         known = [key for key in inspect.signature(cls).parameters if key not in ("encoder", "num_classes")]
         for key in decoder.args:
             if key not in known:
