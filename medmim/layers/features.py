@@ -57,6 +57,12 @@ class FeatureMaps:
         """The features of one step as a map or tokens, normed on request, and its prefix tokens (B, P, C)."""
         raise NotImplementedError
 
+    def _encode(self, x: Tensor) -> Tensor:
+        """What `_embed` gave, through all steps."""
+        for step in self._steps():
+            x = step(x)
+        return self._finish(x)
+
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 5:
             raise ValueError(

@@ -204,10 +204,7 @@ class ResidualEncoder3D(FeatureMaps, MapClassifier, Shareable, nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Volumes (B, in_chans, D, H, W) to the last stage's map (B, C, d, h, w)."""
-        x = self._embed(x)
-        for step in self._steps():
-            x = step(x)
-        return self._finish(x)
+        return self._encode(self._embed(x))
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -282,11 +282,6 @@ class SwinTransformer3D(FeatureMaps, MapClassifier, Shareable, nn.Module):
         prefix = x.new_zeros(x.shape[0], 0, x.shape[-1])
         return _channels_first(x) if output_fmt == "NCDHW" else x.flatten(1, 3), prefix
 
-    def _encode(self, x: Tensor) -> Tensor:
-        for step in self._steps():
-            x = step(x)
-        return self._finish(x)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Volumes (B, in_chans, D, H, W) to the last stage's normed map (B, C, Dg, Hg, Wg)."""
         return self._encode(self._embed(x))

@@ -258,11 +258,6 @@ class VisionTransformer3D(FeatureMaps, Shareable, nn.Module):
             patches = rearrange(patches, "b (d h w) c -> b c d h w", d=d, h=h, w=w).contiguous()
         return patches, prefix
 
-    def _encode(self, x: Tensor) -> Tensor:
-        for step in self._steps():
-            x = step(x)
-        return self._finish(x)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Volumes (B, in_chans, D, H, W) to normed tokens (B, P + N, C)."""
         return self._encode(self._embed(x))
