@@ -75,16 +75,17 @@ def create_model(
         WeightsError: For weights that do not exist, cannot be fetched, are damaged or do not fit.
     """
     loads = pretrained or checkpoint_path is not None
+    loads_stored = pretrained and checkpoint_path is None
     check_placement(device, dtype, holds_values=loads)
     access = hub.HubAccess(token, cache_dir, endpoint, local_files_only)
-    stored, place = resolve(name, revision, access, needs_weights=pretrained and checkpoint_path is None)
+    stored, place = resolve(name, revision, access, needs_weights=loads_stored)
     family = registry.find_family(stored.family, needed_by=name)
     check_arguments(family.cls, stored.args, f"config.json of {name}" if place else name)
     given = checked_arguments(family.cls, kwargs, name)
     if stored.task is not None and stored.task.decoder is not None:
         given = _without_classes_of(stored.task, given, name)
     args = registry.as_arguments(stored.args) | given
-    if pretrained and checkpoint_path is None:
+    if loads_stored:
         args = fitted_arguments(family.cls, stored.args, given)
 
     # What is asked for is tried where it costs nothing.
@@ -92,13 +93,13 @@ def create_model(
     if not loads:
         model = with_decoder(construct(family.cls, args, name), stored.task, name)
     weights, task = None, _task_kept(stored, args)
-    if task is not None and (checkpoint_path is not None or not pretrained):
+    if task is not None and not loads_stored:
         task = task.model_copy(update={"origin": None})  # is that of the stored weights, which are not loaded
     if checkpoint_path is not None:
         tensors = read_tensors([to_path(checkpoint_path, "checkpoint_path")], widen=dtype in (None, torch.float32))
         saved = stored.model_copy(update={"args": args}) if misfit(model, tensors) is None else stored
         fill(model, args, family, saved, tensors, source=str(checkpoint_path), device=device, dtype=dtype)
-    elif pretrained:
+    elif loads_stored:
         weights = stored.weights
         if weights is not None and weights.converter is not None:
             raise WeightsError(f"{name} needs the converter {weights.converter!r}, which this medmim lacks; update it")
