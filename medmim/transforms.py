@@ -18,6 +18,7 @@ from monai.transforms import Orientation, ResizeWithPadOrCrop, Spacing, SpatialP
 from scipy.ndimage import gaussian_filter1d
 
 from medmim.errors import ScanError, SpecError
+from medmim.formats import times
 from medmim.intensity import intensity_map
 from medmim.limits import VOXELS
 from medmim.resampling import resample_to
@@ -68,7 +69,7 @@ def to_grid(volume: Volume, spec: VolumeSpec) -> MetaTensor:
     for word, is_wrong in (("large", len(volume.array) * math.prod(sides) > VOXELS), ("small", min(sides) < 0.5)):
         if is_wrong:
             raise ScanError(
-                f"{volume.name}: {' x '.join(f'{size:g}' for size in volume.spacing)} mm voxels give too {word} a "
+                f"{volume.name}: {times(volume.spacing)} mm voxels give too {word} a "
                 f"volume at {spec.spacing} mm; correct the spacing in its header, or cut the scan"
             )
     array = np.array(volume.array, dtype=np.float32, order="C")  # a copy, smoothed in place below

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from medmim.errors import SpecError
+from medmim.formats import times
 from medmim.markdown import markdown_table
 from medmim.spec import ModelSpec, Percentile, VolumeSpec, WeightsSpec, Window
 
@@ -51,14 +52,14 @@ def front_matter(
 
 def preprocessing(spec: ModelSpec, volume: VolumeSpec) -> str:
     """What a scan is made into before the network sees it."""
-    spacing = f"{_by(volume.spacing)} mm" if volume.spacing else "as stored"
+    spacing = f"{times(volume.spacing)} mm" if volume.spacing else "as stored"
     size, patch = _sizes(spec, "img_size"), _sizes(spec, "patch_size")  # patches are of token encoders
     rows = [
         ("orientation", volume.orientation),
         ("spacing", spacing),
         *((f"intensity, {modality}", _rule(rule)) for modality, rule in volume.intensity.items()),
-        *([("input", f"{_by(size)} voxels, {spec.args.get('in_chans', 1)} channel(s)")] if size else []),
-        *([("patch", f"{_by(patch)} voxels")] if patch else []),
+        *([("input", f"{times(size)} voxels, {spec.args.get('in_chans', 1)} channel(s)")] if size else []),
+        *([("patch", f"{times(patch)} voxels")] if patch else []),
     ]
     return "## Input\n\n" + markdown_table(("", ""), rows)
 
@@ -127,7 +128,3 @@ def _sizes(spec: ModelSpec, key: str) -> Sequence[float] | None:
     if not isinstance(sizes, list | tuple) or not all(isinstance(size, int | float) for size in sizes):
         raise SpecError(f"{spec.name}: a card needs numbers in args.{key}, not {sizes!r}")
     return sizes
-
-
-def _by(sizes: Iterable[float]) -> str:
-    return " x ".join(f"{size:g}" for size in sizes)
