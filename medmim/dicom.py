@@ -18,7 +18,7 @@ import numpy as np
 
 from medmim.codecs import decode
 from medmim.errors import ScanError
-from medmim.formats import DICOM_MAGIC, DICOM_PREAMBLE, DICOM_SUFFIX, LPS_TO_RAS, SCAN_SUFFIXES, check_claim, one_line
+from medmim.formats import DICOM_SUFFIX, LPS_TO_RAS, SCAN_SUFFIXES, check_claim, one_line
 from medmim.limits import DEFLATION
 
 if TYPE_CHECKING:
@@ -222,9 +222,9 @@ def _uid_of_damaged(path: Path) -> str:
 
 def _is_dicom(path: Path) -> bool:
     """Whether a file says that it is DICOM, or is nothing that it could be taken for."""
-    with open(path, "rb") as file:
-        start = file.read(DICOM_PREAMBLE + len(DICOM_MAGIC))
-    return path.name.lower().endswith(DICOM_SUFFIX) or start[DICOM_PREAMBLE:] == DICOM_MAGIC or not start
+    from pydicom.misc import is_dicom
+
+    return is_dicom(path) or path.name.lower().endswith(DICOM_SUFFIX) or not path.stat().st_size
 
 
 def _series_of(path: Path) -> dict[Path, Dataset]:

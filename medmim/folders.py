@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from medmim.formats import DICOM_MAGIC, DICOM_PREAMBLE, DICOM_SUFFIX, SCAN_SUFFIXES
+from medmim.formats import DICOM_SUFFIX, SCAN_SUFFIXES
 
 LOOKS = 5  # files of other names in a folder that are opened to see whether they are slices
 
@@ -60,10 +60,9 @@ def _is_file_or_lost(path: Path) -> bool:
 
 
 def _starts_as_dicom(path: Path) -> bool:
+    from pydicom.misc import is_dicom
+
     try:
-        if not path.is_file():  # to open a pipe would wait for its other end
-            return False
-        with open(path, "rb") as file:
-            return file.read(DICOM_PREAMBLE + len(DICOM_MAGIC))[DICOM_PREAMBLE:] == DICOM_MAGIC
+        return path.is_file() and is_dicom(path)  # to open a pipe would wait for its other end
     except OSError:
         return False

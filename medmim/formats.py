@@ -16,7 +16,6 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 DICOM_SUFFIX = ".dcm"
-DICOM_PREAMBLE, DICOM_MAGIC = 128, b"DICM"  # bytes before it, and what tells a DICOM file of any name
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
