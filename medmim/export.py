@@ -157,7 +157,9 @@ def _bundle_metadata(spec: ModelSpec, model: nn.Module) -> dict[str, Any]:
     return {
         "version": __version__,
         "changelog": {__version__: f"exported by medmim {__version__}"},
-        **{f"{name}_version": version(package) for name, package in PACKAGES.items()},
+        "monai_version": version("monai"),
+        "pytorch_version": version("torch"),
+        "numpy_version": version("numpy"),
         "required_packages_version": {"medmim": __version__},
         "name": spec.name,
         "task": f"features of 3-D {modalities} scans",
@@ -206,7 +208,6 @@ def _value_range(volume: VolumeSpec) -> list[float]:
     return [] if any(isinstance(rule, ZScore) for rule in volume.intensity.values()) else [0, 1]
 
 
-PACKAGES = {"monai": "monai", "pytorch": "torch", "numpy": "numpy"}
 FORMS: dict[str, Callable[[nn.Module, Path], None]] = {
     "onnx": _to_onnx,
     "torch-export": _to_torch_export,
