@@ -35,24 +35,23 @@ DEFLATION = 1032  # zlib makes a file at most so many times smaller
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path, limit: int, *, error: type[MedmimError] = SpecError) -> str:
+def read_text(path: Path, limit: int) -> str:
     """The text of a file.
 
     Args:
         path: The file, in UTF-8.
         limit: Bytes that no honest file of its kind exceeds.
-        error: What is raised.
 
     Raises:
-        MedmimError: For a file that is larger, cannot be read, or is no text.
+        SpecError: For a file that is larger, cannot be read, or is no text.
     """
     try:
-        return _read(path, limit, error).decode(UTF8)
+        return _read(path, limit, SpecError).decode(UTF8)
     except UnicodeDecodeError:
-        raise error(f"{path}: not readable as text in UTF-8") from None
+        raise SpecError(f"{path}: not readable as text in UTF-8") from None
 
 
-def read_csv(path: Path, limit: int = LIST_BYTES) -> tuple[list[str], list[dict[str, str]]]:
+def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns of a CSV file, and its rows by column; a cell that is missing at the end of a row is empty.
 
     Rows of empty cells, which spreadsheets leave behind the last one, are passed over as empty lines are.
@@ -61,7 +60,7 @@ def read_csv(path: Path, limit: int = LIST_BYTES) -> tuple[list[str], list[dict[
         SpecError: See `read_text`.
     """
     try:
-        text = _read(path, limit, SpecError).decode(UTF8)
+        text = _read(path, LIST_BYTES, SpecError).decode(UTF8)
         reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
         return list(reader.fieldnames or ()), [row for row in reader if any(row.values())]
     except (UnicodeDecodeError, csv.Error) as failure:
@@ -69,7 +68,7 @@ def read_csv(path: Path, limit: int = LIST_BYTES) -> tuple[list[str], list[dict[
 
 
 def read_json(path: Path, limit: int, *, error: type[MedmimError] = SpecError) -> Any:
-    """What a JSON file holds; see `read_text`."""
+    """What a JSON file holds; see `read_text`. `error` is what is raised."""
     return parse_json(_read(path, limit, error), source=str(path), error=error)
 
 
