@@ -220,12 +220,14 @@ def catalog_file(spec: ModelSpec) -> str:
 
 def _require_record(spec: ModelSpec, name: str) -> None:
     """What nobody should publish without: terms of use, and what the weights expect."""
-    missing = [f"weights.{field}" for field in ("license", "volume") if not getattr(spec.weights, field, None)]
-    if spec.weights is not None and spec.weights.license.strip().lower() in ("", "unknown"):
-        missing = ["weights.license"]
+    missing = None
+    if spec.weights is None:
+        missing = "weights.license and weights.volume"
+    elif spec.weights.license.strip().lower() in ("", "unknown"):
+        missing = "weights.license"
     if missing:
         raise SpecError(
-            f"{name} cannot be published: {' and '.join(missing)} missing in its spec; pass weights={{'tag': ..., "
+            f"{name} cannot be published: {missing} missing in its spec; pass weights={{'tag': ..., "
             "'license': ..., 'citation': ..., 'volume': ...} to save_pretrained or push_to_hub"
         )
 
