@@ -146,7 +146,7 @@ def _canvas(extents: list[tuple[float, float]], columns: Sequence[str], title: s
         3, len(columns) + 1, height_ratios=heights, width_ratios=[INCHES] * len(columns) + [0.12]
     )
     axes = [[figure.add_subplot(grid[row, column]) for column in range(len(columns))] for row in range(3)]
-    for panel in (panel for row in axes for panel in row):
+    for panel in figure.axes:
         panel.set(xticks=[], yticks=[], facecolor=BACKGROUND, anchor="C")
         panel.spines[:].set_visible(False)
     for panel, name in zip(axes[0], columns, strict=True):
@@ -158,17 +158,11 @@ def _canvas(extents: list[tuple[float, float]], columns: Sequence[str], title: s
 
 
 def _letters(panel, top: str, left: str) -> None:
-    """Marks the patient's sides on a panel."""
-    for letter, x, y in ((top, 0.5, 0.95), (left, 0.05, 0.5), (OPPOSITE[left], 0.95, 0.5)):
-        _letter(panel, letter, x, y)
-
-
-def _letter(panel, letter: str, x: float, y: float) -> None:
-    """A letter at (x, y) of a panel, legible on any grey."""
+    """Marks the patient's sides on a panel, legible on any grey."""
     outline = [withStroke(linewidth=2, foreground=BACKGROUND)]
-    panel.text(
-        x, y, letter, transform=panel.transAxes, color=INK, fontsize=9, ha="center", va="center", path_effects=outline
-    )
+    style = {"color": INK, "fontsize": 9, "ha": "center", "va": "center", "path_effects": outline}
+    for letter, x, y in ((top, 0.5, 0.95), (left, 0.05, 0.5), (OPPOSITE[left], 0.95, 0.5)):
+        panel.text(x, y, letter, transform=panel.transAxes, **style)
 
 
 def _grey() -> matplotlib.colors.Colormap:
