@@ -62,18 +62,17 @@ def predict_labels(
         ValueError: For an overlap outside [0, 1), or a batch of no windows.
     """
     sides = x.shape[1:]
-    axes = [
-        _Axis.of(place, side)
-        for place, side in zip(places or [torch.arange(side).double() for side in sides], sides, strict=True)
-    ]
+    places = places or [torch.arange(side).double() for side in sides]
+    axes = [_Axis.of(place, side) for place, side in zip(places, sides, strict=True)]
     labels = torch.zeros(*(len(axis.inside) for axis in axes), dtype=label_type(model.num_classes))
     grid_size = covering_grid(sides, model.patch_size, model.grid_size)
     windows = list(cover(grid_size, model.grid_size, overlap=overlap))
     row_bytes = 4 * (model.num_classes + 1) * (model.img_size[0] + 1) * sides[2]
     rows = max(band_bytes // row_bytes - 1, model.img_size[1])
+    strips = [slice(max(start - 1, 0), min(start + rows, sides[1])) for start in range(0, sides[1], rows)]
     jobs = [
         (strip, [window for window in windows if _reaches(to_voxels(window, model.patch_size)[1], strip)])
-        for strip in (slice(max(start - 1, 0), min(start + rows, sides[1])) for start in range(0, sides[1], rows))
+        for strip in strips
     ]
     done, total = 0, sum(len(inside) for _, inside in jobs)
     weight = compute_importance_map(model.img_size, mode="gaussian")
