@@ -23,8 +23,9 @@ from medmim.files import sha256_of, write_text
 from medmim.limits import CONFIG_BYTES, read_json
 from medmim.localhub import REPOSITORY, LocalHub, Version
 from medmim.registry import PACKAGED
-from medmim.remote import COMMIT, Repository
+from medmim.remote import Repository
 from medmim.spec import INSIDE, FileSpec, ModelSpec, WeightsSpec
+from medmim.transport import COMMIT
 from medmim.verified import fault_unless_noted, note_of
 
 CONFIG, ENCODER, GOLDEN = "config.json", "model.safetensors", "golden.safetensors"

@@ -17,10 +17,7 @@ from medmim import transport
 from medmim.access import HubAccess
 from medmim.errors import WeightsError
 from medmim.spec import FileSpec
-from medmim.transport import COMMIT
 from medmim.verified import fault_unless_noted
-
-__all__ = ["COMMIT", "Repository"]
 
 
 @dataclass(frozen=True)
