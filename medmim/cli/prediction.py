@@ -193,13 +193,13 @@ def _each_scan(scans: Mapping[str, Path], do: Callable[[str, Path, Callable[[int
     return failed
 
 
-def _conclude(output: Path, scans: int, failed: int, *, already: int = 0) -> None:
+def _conclude(output: Path, scans: int, failed: int, *, already: int) -> None:
     """Says how many scans the output has now; the exit code is 1 when some failed."""
     _say_done(output, scans - failed, scans, already=already)
     if failed:
         raise typer.Exit(1)
 
 
-def _say_done(output: Path, done: int, scans: int, *, already: int = 0) -> None:
+def _say_done(output: Path, done: int, scans: int, *, already: int) -> None:
     skipped = f", {already} were there already" if already else ""
     say(f"{output}: {done} of {scans} scans{skipped}")
