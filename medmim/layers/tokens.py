@@ -7,6 +7,7 @@ token are row-major over (C, p, q, r), the order of a convolution's weight.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -141,8 +142,6 @@ def hide_highest(scores: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
 def hidden_voxels(idx_hidden: Tensor, patch_size: Size, grid_size: Size) -> Tensor:
     """Boolean volumes (B, 1, D, H, W), True at the voxels of the tokens `idx_hidden` (B, K)."""
-    num_tokens = grid_size[0] * grid_size[1] * grid_size[2]
-    hidden = torch.zeros(idx_hidden.shape[0], num_tokens, dtype=torch.bool, device=idx_hidden.device)
+    hidden = torch.zeros(idx_hidden.shape[0], math.prod(grid_size), dtype=torch.bool, device=idx_hidden.device)
     hidden.scatter_(1, idx_hidden, True)
-    p, q, r = patch_size
-    return unpatchify(hidden[..., None].expand(-1, -1, p * q * r), patch_size, grid_size)
+    return unpatchify(hidden[..., None].expand(-1, -1, math.prod(patch_size)), patch_size, grid_size)
