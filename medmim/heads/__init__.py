@@ -1,4 +1,4 @@
-"""What is attached to an encoder: pretraining decoders, classifiers, segmentation decoders.
+"""What is attached to an encoder: pretraining decoders and segmentation decoders.
 
 A pretraining decoder predicts the parts of a volume that its encoder was not shown. All of them have `unit`, the voxels
 along (D, H, W) that are hidden together; `predict(encoder, x, idx_keep, idx_hidden)`, the voxels (B, M, V) of the

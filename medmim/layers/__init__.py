@@ -1,1 +1,1 @@
-"""Parts shared by more than one architecture: token order, positions, the transformer block."""
+"""Parts shared by more than one encoder or decoder: token order, positions, transformer block, convolutions, ..."""
