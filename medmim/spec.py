@@ -22,6 +22,7 @@ SCHEMA_VERSION = 1
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 Spacing = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 Modality = Literal["CT", "MR", "PET"]
+RepositoryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]  # "org/name"
 Arguments = Annotated[dict[str, Any], AfterValidator(plain_arguments)]  # of a constructor
 
 # A path inside a folder, which means the same file on every system: no "..", no drive, no device of Windows, and
@@ -219,7 +220,7 @@ class WeightsSpec(Record):
     """
 
     tag: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
-    repo: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+    repo: RepositoryName | None = None
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     encoder: tuple[FileSpec, ...] = Field(min_length=1)
     decoder: FileSpec | None = None
@@ -231,7 +232,7 @@ class WeightsSpec(Record):
     training: TrainingRecord | None = None
     evidence: tuple[Evidence, ...] = ()
     converter: str | None = None
-    base_model: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+    base_model: RepositoryName | None = None
 
     @model_validator(mode="after")
     def _separate_files(self):
