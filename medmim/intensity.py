@@ -1,4 +1,4 @@
-"""Voxel values to the range that a network expects, and back.
+"""Voxel values to the range that a network expects.
 
 Pretraining and use share this file: the training store keeps volumes in the units of the scan, with what
 `intensity_map` gave for the resampled scan when it was prepared; `medmim.transforms` calls it on the resampled scan.
@@ -32,7 +32,7 @@ class IntensityMap:
     Attributes:
         low: In the units of the scan.
         high: In the units of the scan; equal to `low` for a constant volume, which maps to zeros.
-        clip: Whether values outside [low, high] are clipped; without it the map can be undone exactly.
+        clip: Whether values outside [low, high] are clipped.
     """
 
     low: float
@@ -61,10 +61,6 @@ class IntensityMap:
         np.multiply(out, 1 / self.range, out=out)
         if self.clip:
             np.clip(out, 0, 1, out=out)
-
-    def inverse(self, x: Array) -> Array:
-        """Network units to scan units; what was clipped stays at the limit it was clipped to."""
-        return x * self.range + self.low
 
     @property
     def range(self) -> float:
