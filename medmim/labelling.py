@@ -16,9 +16,9 @@ from torch import Tensor
 
 from medmim.heads.segmenter import Segmenter
 from medmim.inference import evaluating
+from medmim.labels import label_type
 from medmim.layers.tokens import Size
 from medmim.resampling import is_within
-from medmim.transforms import label_type
 from medmim.windows import Window, cover, covering_grid, crop_window, in_batches, to_voxels
 
 BAND_BYTES = 1_000_000_000  # of scores kept at a time

@@ -19,9 +19,10 @@ from torch import Tensor
 from medmim.errors import ScanError, SpecError
 from medmim.folders import find_scans
 from medmim.formats import without_suffix
+from medmim.labels import label_type, labels_on_grid
 from medmim.layers.tokens import Size
 from medmim.limits import LIST_BYTES, read_json
-from medmim.transforms import VolumeTransform, label_type, labels_on_grid
+from medmim.transforms import VolumeTransform
 from medmim.volumes import Volume, load_volume
 from medmim_training.store.sources import DATASET, IMAGES
 from medmim_training.tables import first_twice, read_rows

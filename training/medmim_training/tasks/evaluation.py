@@ -19,10 +19,10 @@ from medmim.errors import SpecError
 from medmim.factory import from_pretrained
 from medmim.files import write_text
 from medmim.heads.segmenter import Segmenter
+from medmim.labels import check_labels_place
 from medmim.limits import LIST_BYTES, read_json
 from medmim.segmentation import segment, segmented_classes
 from medmim.spec import Modality
-from medmim.transforms import check_labels_place
 from medmim_training.engine import RECIPE_FILE
 from medmim_training.recipe import load_recipe
 from medmim_training.tasks.cases import MEAN, Case, find_cases, load_labels, split_cases
