@@ -34,7 +34,8 @@ def to_path(value: Any, argument: str) -> Path:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced to disk and renamed to `path`.
 
-    On an error (a full disk, an interrupt) the temporary file is removed and whatever stood at `path` stays.
+    On an error (a full disk, an interrupt) the temporary file is removed and whatever stood at `path` stays. An
+    `OSError` names `path` where it named no file, as that of a full disk, or the temporary one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,8 +51,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(permissions)  # safetensors puts a file of its own in the place
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and str(error.filename) in ("None", str(temporary)):
+            error.filename = str(path)
         raise
 
 

@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 import medmim
 from fakes import tiny_model
+from medmim.cli import terminal
 from medmim.errors import OutputError
 from medmim.files import atomic_write, write_text
 
@@ -65,3 +67,20 @@ def test_a_model_is_not_saved_where_a_file_is(inside, tmp_path):
     with pytest.raises(OutputError, match=r"file.*: cannot be written \(Not a directory\); choose another output"):
         medmim.save_pretrained(tiny_model(), f"{tmp_path}/file{inside}")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_command_names_the_file_that_a_full_disk_does_not_take(tmp_path, monkeypatch, capsys):
+    resource = pytest.importorskip("resource")  # of POSIX
+    app = typer.Typer()
+    app.command()(lambda: write_text(tmp_path / "page.md", "x" * 50_000))
+    monkeypatch.setattr(sys, "argv", ["medmim-train"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(SystemExit, match="1"):
+            terminal.run(app)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = f"[Errno 27] File too large: '{tmp_path / 'page.md'}'; make room, and start the same command again"
+    assert capsys.readouterr().err == f"medmim-train: error: {error}\n"
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -63,9 +64,13 @@ def run(app: typer.Typer) -> None:
     _refuse_empty(sys.argv[1:])
     try:
         app()
-    except (MedmimError, OSError) as error:
+    except MedmimError as error:
         report(error)
-        sys.exit(getattr(error, "exit_code", 1))
+        sys.exit(error.exit_code)
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        report(f"{error}; make room, and start the same command again" if is_full else error)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

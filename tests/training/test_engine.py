@@ -14,13 +14,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from medmim.errors import SpecError, WeightsError
+from medmim.errors import OutputError, SpecError, WeightsError
 from medmim.spec import TrainingRecord
 from medmim_training import engine
 from medmim_training.checkpoint import CheckpointError, load_latest, save_checkpoint
 from medmim_training.engine import NonFiniteLossError, build_method, pretrain
 from medmim_training.preemption import Preempted
 from medmim_training.recipe import Recipe
+from medmim_training.record import MetricsLog, Report
 from medmim_training.store.index import Store
 from medmim_training.store.prepare import prepare
 from medmim_training.store.sources import find_sources
@@ -305,6 +306,14 @@ def test_a_full_disk_loses_nothing(finished, recipe, store, tmp_path, monkeypatc
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.pt", "step-00000005.pt"]
     resumed = pretrain(recipe, store, tmp_path).state_dict()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in finished[0].state_dict().items())
+
+
+def test_a_log_that_cannot_grow_is_named(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.path.unlink()
+    log.path.mkdir()
+    with pytest.raises(OutputError, match=r"metrics\.jsonl: cannot be written \(Is a directory\); make room"):
+        log.write(Report(1, 2, 0.5, 1e-3, 1.0, 1.0, 0.0, 1.0, 1.0))
 
 
 def test_samples_that_are_compared_are_computed_at_once(recipe, store, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from medmim.files import write_text
+from medmim.files import output_errors, write_text
 from medmim.limits import LIST_BYTES, parse_json, read_text
 from medmim.spec import DataSource, Record, TrainingRecord
 from medmim_training.recipe import Recipe
@@ -154,7 +154,7 @@ class MetricsLog:
 
     def write(self, report: Report) -> None:
         self.losses.append(report.loss)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with output_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(report)) + "\n")
 
     def recent_loss(self) -> float:
