@@ -190,9 +190,13 @@ def with_a_reader(recipe: Recipe) -> Recipe:
 
 def group_of_its_own(command: list[str], log: Path) -> subprocess.Popen[str]:
     """A command as a shell or a scheduler starts it, when there are three lines in what it writes."""
-    process = subprocess.Popen(
-        command, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-    )
+    ours = signal.signal(signal.SIGINT, signal.SIG_DFL)  # which the tests may have been started to ignore
+    try:
+        process = subprocess.Popen(
+            command, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+        )
+    finally:
+        signal.signal(signal.SIGINT, ours)
     while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= 3):
         time.sleep(0.01)
     return process
@@ -241,6 +245,17 @@ def test_readers_end_with_a_run_that_is_killed(recipe, store, tmp_path):
     process.kill()
     process.communicate()
     assert left_alive(process.pid) == []
+
+
+@pytest.mark.parametrize(("before", "after"), [("SIG_IGN", 0), ("SIG_DFL", -signal.SIGINT)])
+def test_what_is_started_to_ignore_an_interrupt_ignores_it(before, after):
+    """As a shell starts what runs in the background of a script."""
+    code = (
+        f"import os, signal; signal.signal(signal.SIGINT, signal.{before})\n"
+        "from medmim_training.preemption import be_reachable\n"
+        "be_reachable(); os.kill(os.getpid(), signal.SIGINT)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == after
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at /proc")

@@ -89,8 +89,12 @@ def starting_unreachable() -> Iterator[None]:
 
 
 def be_reachable() -> None:
-    """Lets SIGTERM and SIGINT end this process, at once and without a word, also if they came while it started."""
+    """Lets SIGTERM and SIGINT end this process, at once and without a word, also if they came while it started.
+
+    What its parent ignores it ignores too, as SIGINT in the background of a script.
+    """
     for number in STOPS:
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
