@@ -188,8 +188,9 @@ class _Band:
         place, rows, columns = self.slices.take(number, first=self.first), self.rows, self.columns
         # Where all neighbours have one class, so has what lies between them, as its score is the highest at each.
         least, greatest = (_around(best, place, rows, columns, extreme) for extreme in (torch.minimum, torch.maximum))
-        for mixed in (least != greatest).nonzero().split(max(1, CHUNK // len(self.sums))):
-            i, j = mixed.unbind(1)
+        mixed, step = (least != greatest).nonzero(), max(1, CHUNK // len(self.sums))
+        for start in range(0, len(mixed), step):
+            i, j = mixed[start : start + step].unbind(1)
             least[i, j] = _highest(self._scores(place, rows.take(i), columns.take(j)), least.dtype)
         self.labels[number].index_put_((self.there[0][:, None], self.there[1]), least)
 
